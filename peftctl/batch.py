@@ -1,0 +1,155 @@
+"""A micro-batch as a forest: its real tokens once each, no padding, what rows share at their start computed once.
+
+A segment is a run of tokens; a row is a path of segments from a root. The first token of a child is predicted by its
+parent's last position, so labels belong to rows, not to tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftctl.row import Row
+
+
+class Labels(NamedTuple):
+    """One entry a label, each (labels,): where it is predicted from, what it is, whose it is, what it counts."""
+
+    source: Tensor
+    target: Tensor
+    row: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Plain tensors on one device; no model in sight."""
+
+    ids: Tensor  # (T,)
+    positions: Tensor  # (T,) place of each token on its path
+    segment: Tensor  # (T,)
+    parent: Tensor  # (S,) -1 for a root
+    labels: Labels
+    paths: tuple[tuple[int, ...], ...]  # per row: its segments from the root
+    roles: tuple[str, ...]
+    examples: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+    def __len__(self) -> int:
+        """Number of tokens that are computed."""
+        return len(self.ids)
+
+    @property
+    def real_tokens(self) -> int:
+        """Number of tokens in the rows, shared ones once for each row."""
+        return sum(len(row.ids) for row in self.rows)
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """Start and end of each segment in the line of tokens."""
+        counts = torch.bincount(self.segment, minlength=len(self.parent)).tolist()
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        return [(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+    @cached_property
+    def row_tokens(self) -> list[Tensor]:
+        """Per row, the indices of its tokens along its path; on the CPU."""
+        return [torch.cat([torch.arange(*self.spans[s]) for s in path]) for path in self.paths]
+
+    def role(self, name: str) -> Tensor:
+        """Indices of the rows with that role, in order."""
+        return torch.tensor([i for i, role in enumerate(self.roles) if role == name], device=self.ids.device)
+
+    def to(self, device: torch.device | str) -> Batch:
+        labels = Labels(*(t.to(device) for t in self.labels))
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "positions", "segment", "parent")}
+        return replace(self, labels=labels, **moved)
+
+    def unshared(self) -> Batch:
+        """The same rows, each a tree of its own."""
+        return build(self.rows, share="none").to(self.ids.device)
+
+
+def build(rows: Sequence[Row], share: str = "all") -> Batch:
+    """The forest of some rows. `share`: `all`, or `none` for one tree a row."""
+    segments: list[tuple[int, tuple[int, ...], int]] = []  # parent, ids, position of the first token
+    paths: list[list[int]] = [[] for _ in rows]
+    if share == "none":
+        for index, row in enumerate(rows):
+            _append(segments, paths, -1, row.ids, 0, [index])
+    else:
+        _grow(rows, list(range(len(rows))), 0, -1, segments, paths)
+    starts = [0]
+    for _, ids, _ in segments:
+        starts.append(starts[-1] + len(ids))
+    return Batch(
+        ids=torch.tensor([i for _, ids, _ in segments for i in ids], dtype=torch.long),
+        positions=torch.tensor([p + k for _, ids, p in segments for k in range(len(ids))], dtype=torch.long),
+        segment=torch.tensor([s for s, (_, ids, _) in enumerate(segments) for _ in ids], dtype=torch.long),
+        parent=torch.tensor([parent for parent, _, _ in segments], dtype=torch.long),
+        labels=_labels(rows, [[starts[s] + k for s in p for k in range(len(segments[s][1]))] for p in paths]),
+        paths=tuple(map(tuple, paths)),
+        roles=tuple(row.role for row in rows),
+        examples=tuple(row.example for row in rows),
+        rows=tuple(rows),
+    )
+
+
+def _grow(
+    rows: Sequence[Row],
+    members: list[int],
+    start: int,
+    parent: int,
+    segments: list[tuple[int, tuple[int, ...], int]],
+    paths: list[list[int]],
+) -> None:
+    """Split the members by their next token; each part's common run becomes a segment, then its children grow."""
+    groups: dict[int, list[int]] = {}
+    for member in members:
+        if start < len(rows[member].ids):
+            groups.setdefault(rows[member].ids[start], []).append(member)
+    for group in groups.values():
+        end = _common(rows, group, start)
+        index = _append(segments, paths, parent, rows[group[0]].ids[start:end], start, group)
+        if len(group) > 1:
+            _grow(rows, group, end, index, segments, paths)
+
+
+def _common(rows: Sequence[Row], group: list[int], start: int) -> int:
+    """Where the rows of a group first differ, or the shortest ends."""
+    first, shortest = rows[group[0]].ids, min(len(rows[m].ids) for m in group)
+    end = start + 1
+    while end < shortest and all(rows[m].ids[end] == first[end] for m in group):
+        end += 1
+    return end if len(group) > 1 else len(first)
+
+
+def _append(
+    segments: list[tuple[int, tuple[int, ...], int]],
+    paths: list[list[int]],
+    parent: int,
+    ids: tuple[int, ...],
+    position: int,
+    members: list[int],
+) -> int:
+    segments.append((parent, ids, position))
+    for member in members:
+        paths[member].append(len(segments) - 1)
+    return len(segments) - 1
+
+
+def _labels(rows: Sequence[Row], tokens: list[list[int]]) -> Labels:
+    entries = [
+        (tokens[r][k - 1], row.ids[k], r, row.weights[k])
+        for r, row in enumerate(rows)
+        for k in range(1, len(row.ids))
+        if row.weights[k]
+    ]
+    source, target, owner, weight = zip(*entries, strict=True) if entries else ((), (), (), ())
+    integers = (torch.tensor(column, dtype=torch.long) for column in (source, target, owner))
+    return Labels(*integers, torch.tensor(weight, dtype=torch.float32))

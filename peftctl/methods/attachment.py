@@ -1,0 +1,191 @@
+"""What a method puts into a base: deltas at dotted paths, hung on the modules' outputs by hooks.
+
+The base's modules, names and bits stay as they are: a hook hands each module's output to the deltas at its path, and
+with a delta disabled the output passes through untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftctl.errors import FormatError, Unfoldable
+from peftctl.skeleton import dotted
+
+
+class Delta(nn.Module):
+    """A trainable change at one place. Tensors and parameters are its own; it never holds a module of the base."""
+
+    enabled = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is saved, by a name relative to the delta."""
+        return dict(self.named_parameters())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What is trained; a subset of `tensors`."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The changed output, from the module's first input `x` and its output `y`; the shape of `y` is kept."""
+        raise NotImplementedError
+
+    def fold(self, name: str, weight: Tensor) -> Tensor:
+        """The parameter `name` of the module at this delta's path, as stored, with the change inside; in fp32.
+
+        A parameter that the delta does not change comes back as it is. Raises Unfoldable with the reason.
+        """
+        raise Unfoldable(f"{type(self).__name__} cannot be folded into a weight")
+
+    def folds(self) -> tuple[str, ...]:
+        """Names of the module's parameters that `fold` changes (`weight`, `bias`)."""
+        return ()
+
+
+class Injected(NamedTuple):
+    """A delta and where it sits. `source` names another module whose first input is `x` (parallel adapters)."""
+
+    path: str
+    delta: Delta
+    source: str | None = None
+
+
+class Virtual(NamedTuple):
+    """Virtual tokens that every row sees before its first real one.
+
+    `keys[l]`, `values[l]`: (kv_heads, length, head_dim) of layer l, as a cache would hold them (after rotation).
+    """
+
+    length: int
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+class Attachment(nn.Module):
+    """All the deltas of one method on one base. A method with more to say overrides the generic answers below."""
+
+    def __init__(self, places: Sequence[Injected] = (), shared: Delta | None = None) -> None:
+        super().__init__()
+        self.deltas = nn.ModuleList(place.delta for place in places)
+        self.paths = [place.path for place in places]
+        self.sources = [place.source for place in places]
+        self.shared = shared
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._captured: dict[str, Tensor] = {}
+
+    @property
+    def places(self) -> list[Injected]:
+        return [
+            Injected(path, delta, source)  # type: ignore[arg-type]
+            for path, delta, source in zip(self.paths, self.deltas, self.sources, strict=True)
+        ]
+
+    def named_deltas(self) -> Iterator[tuple[str, Delta]]:
+        """Each delta with the prefix of its saved names; a shared one has none."""
+        for path, delta in zip(self.paths, self.deltas, strict=True):
+            yield path, delta  # type: ignore[misc]
+        if self.shared is not None:
+            yield "", self.shared
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything saved, under `path.name`."""
+        return {dotted(path, n): t for path, delta in self.named_deltas() for n, t in delta.tensors().items()}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Everything trained, under `path.name`."""
+        return {dotted(path, n): p for path, delta in self.named_deltas() for n, p in delta.trainable().items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], origin: str = "adapter") -> None:
+        """Copy saved values in. Refused whole when a name is missing, unknown, or of another shape (FormatError)."""
+        own = self.tensors()
+        wrong = [f"{n}: missing, {tuple(own[n].shape)} expected" for n in own if n not in tensors]
+        wrong += [f"{n}: {tuple(t.shape)}, not part of this adapter" for n, t in tensors.items() if n not in own]
+        wrong += [
+            f"{n}: {tuple(t.shape)}, {tuple(own[n].shape)} expected"
+            for n, t in tensors.items()
+            if n in own and t.shape != own[n].shape
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise FormatError(f"{origin} does not fit this base: " + "; ".join(wrong[:5]) + more)
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
+    @property
+    def enabled(self) -> bool:
+        return all(delta.enabled for _, delta in self.named_deltas())
+
+    def enable(self, on: bool) -> None:
+        for _, delta in self.named_deltas():
+            delta.enabled = on
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base, bit for bit, for the length of a `with`."""
+        before = [delta.enabled for _, delta in self.named_deltas()]
+        self.enable(False)
+        try:
+            yield
+        finally:
+            for (_, delta), on in zip(self.named_deltas(), before, strict=True):
+                delta.enabled = on
+
+    def virtual(self) -> Virtual | None:
+        """The virtual tokens, None for a method without any (or while it is disabled)."""
+        return None
+
+    def groups(self) -> dict[str, float]:
+        """Learning-rate multipliers of single parameters, by saved name; 1 for those not named."""
+        return {}
+
+    def after_backward(self, step: int, total: int) -> None:
+        """Called once an optimizer step with all gradients in place, before clipping."""
+
+    def install(self, model: nn.Module) -> None:
+        """Hang the deltas on the model. The order of the places is the order of their application."""
+        for index, place in enumerate(self.places):
+            if place.source is not None:
+                self._handles.append(
+                    model.get_submodule(place.source).register_forward_pre_hook(self._capture(index), with_kwargs=True)
+                )
+            self._handles.append(
+                model.get_submodule(place.path).register_forward_hook(self._apply(index), with_kwargs=True)
+            )
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._captured.clear()
+
+    def _capture(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._captured[str(index)] = _first_input(args, kwargs)
+
+        return hook
+
+    def _apply(self, index: int) -> Any:
+        delta: Delta = self.deltas[index]  # type: ignore[assignment]
+        captured = str(index) if self.sources[index] is not None else None
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not delta.enabled:
+                return output
+            x = self._captured.pop(captured) if captured is not None else _first_input(args, kwargs)
+            # a decoder block may answer with a tuple whose first item is the hidden state
+            if isinstance(output, tuple):
+                return (delta(x, output[0]), *output[1:])
+            return delta(x, output)
+
+        return hook
+
+
+def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    value: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return value

@@ -1,0 +1,81 @@
+"""What a method is: a torch-free declaration (schema, traits, count) and the deltas it attaches.
+
+A method is a folder here that exports `METHOD`. Its `__init__.py` is torch-free; `delta.py` holds the modules and is
+imported by `attach` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from peftctl.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftctl.methods.attachment import Attachment
+
+
+class MethodConfig(BaseModel):
+    """What every method's block in a recipe has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str
+    init_from: str | None = None  # an adapter folder to continue from; a path, relative to the recipe
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+class Traits(NamedTuple):
+    """What the rest of the program may ask about a method instead of its name."""
+
+    starts_as_identity: bool = True  # step 0 computes the base, bit for bit
+    foldable: bool = True  # the change fits into the plain weights
+    needs_cache: bool = False  # serves keys and values: no gradient checkpointing, needs an attention cache to generate
+    low_rank: bool = False
+
+
+class Counted(NamedTuple):
+    """How many numbers a method would train at each place, and how it says where."""
+
+    places: dict[str, int]  # path (or the name of a shared tensor) -> trained parameters
+    summary: str  # "84 modules in 12 of 12 layers: q_proj, ..."
+
+    @property
+    def total(self) -> int:
+        return sum(self.places.values())
+
+
+class Exchange(NamedTuple):
+    """How a method's tensors are written for, and read from, the `peft` package. Pure functions on names and tensors.
+
+    `write(config, skeleton, tensors) -> (adapter_config keys, tensors under peft's names)`
+    `read(adapter_config, skeleton, tensors) -> (keys of the recipe's method block, tensors under our names)`
+    """
+
+    peft_type: str
+    write: Callable[[Any, Skeleton, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
+    read: Callable[[Mapping[str, Any], Skeleton, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Method(Generic[C]):
+    """The one name that a method's folder exports.
+
+    `count` raises TargetError where the method cannot serve the skeleton, and so does `attach`, by the same rules.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    config: type[C]
+    traits: Callable[[C], Traits]
+    count: Callable[[Skeleton, C], Counted]
+    attach: Callable[[nn.Module, C], Attachment]
+    exchange: Callable[[], Exchange] | None = field(default=None)

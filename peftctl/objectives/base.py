@@ -1,0 +1,88 @@
+"""What an objective is: pure functions of a policy's answers about a batch.
+
+The module is torch-free: objectives import torch inside their functions. An objective is a file here that exports
+`OBJECTIVE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from peftctl.row import Example, Message, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peftctl.batch import Batch
+
+
+class ObjectiveConfig(BaseModel):
+    """What every objective's block in a recipe has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str
+
+
+C = TypeVar("C", bound=ObjectiveConfig)
+
+
+class Term(NamedTuple):
+    """A weighted sum. The optimizer minimises `coefficient * sum / weight`, the weight taken over the whole step."""
+
+    sum: Tensor
+    coefficient: float = 1.0
+
+
+class Loss(NamedTuple):
+    """`metrics` are (sum, count), so that micro-batches and ranks average right."""
+
+    terms: tuple[Term, ...]
+    metrics: dict[str, tuple[Tensor, Tensor]]
+
+
+class TokenStats(NamedTuple):
+    """Per label, fp32, shape (labels,): the log-probability of the target and whether it is the likeliest token."""
+
+    logprob: Tensor
+    correct: Tensor
+
+
+class Answers(Protocol):
+    """What an objective may ask of a policy, or of the reference."""
+
+    def tokens(self, batch: Batch) -> TokenStats: ...
+
+
+class Encoder(Protocol):
+    """What an objective may ask of the tokenizer and its chat template. Raises DataError with the example's place."""
+
+    def dialogue(self, messages: Sequence[Message], trained: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Ids and label weights of a rendered dialogue; `trained`: `assistant` (all its turns) or `last` (the last)."""
+
+    def completion(self, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Ids and label weights of plain prompt and answer, the end-of-text token after the answer included."""
+
+
+@dataclass(frozen=True)
+class Objective(Generic[C]):
+    """The one name that an objective's file exports.
+
+    `weights` gives the weight of each term of `loss` for one batch, known before any forward pass: the trainer adds
+    them up over the step, so that 4 micro-batches of 1 equal 1 of 4.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    config: type[C]
+    kinds: frozenset[str]  # the kinds of `Example` it can learn from
+    encode: Callable[[Example, Encoder, C], tuple[Row, ...]]
+    weights: Callable[[Batch, C], tuple[float, ...]]
+    loss: Callable[[Answers, Answers | None, Batch, C], Loss]
+    reference: Callable[[C], str | None] = lambda config: None  # "initial", "base" or None
+    base_dropout: bool = True  # whether dropout inside the base is left on, as its config says

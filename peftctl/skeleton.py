@@ -1,0 +1,169 @@
+"""The skeleton table: every module of a base with its path, kind and shapes, known without any weight.
+
+Torch-free, so that counting, validation and completion answer at once. `surgery.skeleton(model)` makes the table from
+a model (on the meta device or real); methods count on it and choose their targets in it, so that what is counted and
+what is attached are the same by construction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+from peftctl.errors import TargetError, suggest
+
+LINEAR = frozenset({"Linear", "Conv1D"})
+LINEAR_OR_EMBEDDING = LINEAR | {"Embedding"}
+
+
+class Module(NamedTuple):
+    """One module. `kind` is Linear, Conv1D, Embedding or Norm where it is one of these, else its class name."""
+
+    path: str
+    kind: str
+    type: str
+    shapes: dict[str, tuple[int, ...]]  # its own parameters, as stored; Conv1D stores (in, out)
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output; for an embedding, the width of a row."""
+        return self.shapes["weight"][0 if self.kind == "Linear" else 1]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input; for an embedding, the number of rows."""
+        return self.shapes["weight"][1 if self.kind == "Linear" else 0]
+
+
+class Dimensions(NamedTuple):
+    """What a method must know of the shape of attention. Keys and values are `kv_heads * head_dim` wide."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+class Skeleton(NamedTuple):
+    architecture: str  # class name, as in config.json's `architectures`
+    model_type: str
+    modules: tuple[Module, ...]
+    tied: dict[str, str]  # full name of an alias -> full name of the parameter it shares
+    head: str | None  # path of the output head
+    dimensions: Dimensions
+
+    def __getitem__(self, path: str) -> Module:  # type: ignore[override]
+        """The module at a dotted path; raises KeyError."""
+        for module in self.modules:
+            if module.path == path:
+                return module
+        raise KeyError(path)
+
+    def parameters(self) -> int:
+        """Number of parameters, tied ones once."""
+        names = {(m.path, n): prod(s) for m in self.modules for n, s in m.shapes.items()}
+        return sum(size for (path, name), size in names.items() if dotted(path, name) not in self.tied)
+
+
+class Selection(NamedTuple):
+    """The modules that a target specification matched, and how that reads to a person."""
+
+    modules: tuple[Module, ...]
+    summary: str  # "84 modules in 12 of 12 layers: q_proj, k_proj, ..."
+
+
+def dotted(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def layer_of(path: str) -> int | None:
+    """The layer a path lies in: its first integer component, or None outside the layers."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def select(
+    skeleton: Skeleton,
+    targets: str | Sequence[str],
+    *,
+    kinds: frozenset[str] = LINEAR,
+    layers: Sequence[int] | None = None,
+    key: str = "method.target_modules",
+) -> Selection:
+    """The modules of the given kinds that `targets` names.
+
+    `targets` is `all-linear` (every linear but the output head), a list of names (each matches a path or its end, and
+    each must match), or a regular expression for whole paths. `layers` keeps those layers only. Raises TargetError.
+    """
+    candidates = [m for m in skeleton.modules if m.kind in kinds and "weight" in m.shapes]
+    if targets == "all-linear":
+        chosen = [m for m in candidates if m.kind in LINEAR and m.path != skeleton.head]
+    elif isinstance(targets, str):
+        chosen = _by_regex(skeleton, candidates, targets, key)
+    else:
+        chosen = _by_names(skeleton, candidates, targets, key)
+    if layers is not None:
+        chosen = _in_layers(skeleton, chosen, layers)
+    if not chosen:
+        raise TargetError(f"{key}: {targets!r} matches no module of {skeleton.architecture}; {_kinds(candidates)}")
+    return Selection(tuple(chosen), _summary(skeleton, chosen))
+
+
+def _by_regex(skeleton: Skeleton, candidates: list[Module], pattern: str, key: str) -> list[Module]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise TargetError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
+    chosen = [m for m in candidates if compiled.fullmatch(m.path)]
+    if not chosen:
+        hint = " (a single name goes in a list: [" + pattern + "])" if _ending(candidates, pattern) else ""
+        raise TargetError(
+            f"{key}: the regular expression {pattern!r} matches no whole module path of {skeleton.architecture}"
+            f"{hint}; {_kinds(candidates)}"
+        )
+    return chosen
+
+
+def _by_names(skeleton: Skeleton, candidates: list[Module], names: Sequence[str], key: str) -> list[Module]:
+    wrong = [name for name in names if not _ending(candidates, name)]
+    if wrong:
+        raise TargetError(f"{key}: " + "; ".join(_unmatched(skeleton, candidates, name) for name in wrong))
+    wanted = {m.path for name in names for m in _ending(candidates, name)}
+    return [m for m in candidates if m.path in wanted]
+
+
+def _ending(candidates: Sequence[Module], name: str) -> list[Module]:
+    return [m for m in candidates if m.path == name or m.path.endswith("." + name)]
+
+
+def _unmatched(skeleton: Skeleton, candidates: list[Module], name: str) -> str:
+    others = _ending(skeleton.modules, name)
+    if others:
+        return f"{name!r} is a {others[0].type}, which this method cannot adapt; {_kinds(candidates)}"
+    nearest = suggest(name, {m.path.rsplit(".", 1)[-1] for m in candidates})
+    return f"{name!r} matches no module of {skeleton.architecture}{nearest or '; ' + _kinds(candidates)}"
+
+
+def _in_layers(skeleton: Skeleton, chosen: list[Module], layers: Sequence[int]) -> list[Module]:
+    outside = [layer for layer in layers if not 0 <= layer < skeleton.dimensions.layers]
+    if outside:
+        last = skeleton.dimensions.layers - 1
+        raise TargetError(f"method.layers: {outside[0]} is not a layer of {skeleton.architecture}; 0 to {last} are")
+    return [m for m in chosen if layer_of(m.path) in set(layers)]
+
+
+def _kinds(candidates: Sequence[Module]) -> str:
+    if not candidates:
+        return "it has no module that this method can adapt"
+    names = Counter(m.path.rsplit(".", 1)[-1] for m in candidates)
+    return "it has " + ", ".join(f"{name} ({count})" for name, count in names.most_common(12))
+
+
+def _summary(skeleton: Skeleton, chosen: Sequence[Module]) -> str:
+    names = list(dict.fromkeys(m.path.rsplit(".", 1)[-1] for m in chosen))
+    layers = {layer_of(m.path) for m in chosen} - {None}
+    return f"{len(chosen)} modules in {len(layers)} of {skeleton.dimensions.layers} layers: {', '.join(names)}"

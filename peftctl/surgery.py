@@ -1,0 +1,92 @@
+"""Reading and reaching into a base model: modules by dotted path, weights as (out, in), the skeleton table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftctl.skeleton import Dimensions, Module, Skeleton, dotted
+
+
+def find(model: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path. Raises AttributeError when there is none."""
+    return model.get_submodule(path)
+
+
+def kind_of(module: nn.Module) -> str:
+    """Linear, Conv1D, Embedding or Norm for what behaves as one; otherwise the class name."""
+    if isinstance(module, nn.Linear):
+        return "Linear"
+    if isinstance(module, Conv1D):
+        return "Conv1D"
+    if isinstance(module, nn.Embedding):
+        return "Embedding"
+    return "Norm" if type(module).__name__.endswith("Norm") else type(module).__name__
+
+
+def out_in(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight seen as (out, in): Conv1D stores (in, out), an embedding (rows, width)."""
+    return weight.T if kind_of(module) in ("Conv1D", "Embedding") else weight
+
+
+def skeleton(model: nn.Module) -> Skeleton:
+    """The skeleton table of a Hugging Face model, real or on the meta device."""
+    config: Any = model.config
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    modules = []
+    for path, module in model.named_modules():
+        shapes = {}
+        for name, parameter in module.named_parameters(recurse=False):
+            full = dotted(path, name)
+            shapes[name] = tuple(parameter.shape)
+            if first.setdefault(id(parameter), full) != full:
+                tied[full] = first[id(parameter)]
+        modules.append(Module(path, kind_of(module), type(module).__name__, shapes))
+    return Skeleton(
+        architecture=type(model).__name__,
+        model_type=config.model_type,
+        modules=tuple(modules),
+        tied=tied,
+        head=head_path(model),
+        dimensions=dimensions(config),
+    )
+
+
+def head_path(model: nn.Module) -> str | None:
+    """Path of the output head, None for a model without one."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    return next((path for path, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def dimensions(config: Any) -> Dimensions:
+    """Layers, widths and heads from a Hugging Face config, whatever the family calls them."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    heads = _first(text, "num_attention_heads", "n_head", "n_heads", "num_heads") or 0
+    hidden = _first(text, "hidden_size", "n_embd", "d_model", "dim") or 0
+    head_dim = _first(text, "head_dim", "d_kv") or (hidden // heads if heads else 0)
+    multi_query = bool(getattr(text, "multi_query", False)) and not getattr(text, "new_decoder_architecture", False)
+    kv_heads = 1 if multi_query else _first(text, "num_key_value_heads", "num_kv_heads") or heads
+    layers = _first(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 0
+    return Dimensions(layers, hidden, heads, kv_heads, head_dim, _first(text, "vocab_size") or 0)
+
+
+def _first(config: Any, *names: str) -> int | None:
+    values: Iterator[Any] = (getattr(config, name, None) for name in names)
+    return next((int(value) for value in values if isinstance(value, int) and value), None)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The model with no parameter asking for a gradient: invariant 1, the base is never changed."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
