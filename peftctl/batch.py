@@ -151,5 +151,5 @@ def _labels(rows: Sequence[Row], tokens: list[list[int]]) -> Labels:
         if row.weights[k]
     ]
     source, target, owner, weight = zip(*entries, strict=True) if entries else ((), (), (), ())
-    integers = (torch.tensor(column, dtype=torch.long) for column in (source, target, owner))
-    return Labels(*integers, torch.tensor(weight, dtype=torch.float32))
+    whole = [torch.tensor(column, dtype=torch.long) for column in (source, target, owner)]
+    return Labels(whole[0], whole[1], whole[2], torch.tensor(weight, dtype=torch.float32))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Row(NamedTuple):
@@ -15,7 +15,6 @@ class Row(NamedTuple):
     weights: tuple[float, ...]
     example: int = 0  # index of the example it comes from; a pair's two rows share it
     role: str = ""  # "", "chosen", "rejected"
-    extras: dict[str, float] = {}
 
 
 class Message(NamedTuple):
@@ -38,5 +37,3 @@ class Example(NamedTuple):
     chosen: tuple[Message, ...] | str = ()
     rejected: tuple[Message, ...] | str = ()
 
-
-Json = dict[str, Any]

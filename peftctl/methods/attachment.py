@@ -151,10 +151,12 @@ class Attachment(nn.Module):
         for index, place in enumerate(self.places):
             if place.source is not None:
                 self._handles.append(
-                    model.get_submodule(place.source).register_forward_pre_hook(self._capture(index), with_kwargs=True)
+                    model.get_submodule(place.source).register_forward_pre_hook(
+                        self._capturing(index), with_kwargs=True
+                    )
                 )
             self._handles.append(
-                model.get_submodule(place.path).register_forward_hook(self._apply(index), with_kwargs=True)
+                model.get_submodule(place.path).register_forward_hook(self._changing(index), with_kwargs=True)
             )
 
     def remove(self) -> None:
@@ -164,13 +166,13 @@ class Attachment(nn.Module):
         self._handles.clear()
         self._captured.clear()
 
-    def _capture(self, index: int) -> Any:
+    def _capturing(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._captured[str(index)] = _first_input(args, kwargs)
 
         return hook
 
-    def _apply(self, index: int) -> Any:
+    def _changing(self, index: int) -> Any:
         delta: Delta = self.deltas[index]  # type: ignore[assignment]
         captured = str(index) if self.sources[index] is not None else None
 

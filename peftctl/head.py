@@ -1,0 +1,61 @@
+"""The output head of a language model as a function of hidden states: the matrix, and what the family does after it.
+
+Which of the known finishes a model uses is found by comparing with the model's own logits, not by a list of names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftctl.errors import ModelError
+from peftctl.surgery import device_of, head_path
+
+
+class Head:
+    """Hidden states (n, d) to logits (n, vocabulary). `paths`: the modules of the model that lie inside it."""
+
+    def __init__(self, matrix: nn.Module, finish: Callable[[Tensor], Tensor], path: str) -> None:
+        self.matrix = matrix
+        self.finish = finish
+        self.paths = (path,)
+        self.vocabulary: int = matrix.weight.shape[0]  # type: ignore[assignment,index]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.finish(self.matrix(hidden))
+
+
+def _finishes(config: Any) -> list[Callable[[Tensor], Tensor]]:
+    """What families do to the raw logits: nothing, a soft cap (Gemma 2), a multiplier (Cohere), a divisor (Granite)."""
+    finishes: list[Callable[[Tensor], Tensor]] = [lambda logits: logits]
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    if cap:
+        finishes.append(lambda logits: torch.tanh(logits / cap) * cap)
+    if scale:
+        finishes.append(lambda logits: logits * scale)
+    if divisor:
+        finishes.append(lambda logits: logits / divisor)
+    return finishes
+
+
+@torch.no_grad()
+def head_of(model: Any) -> Head | None:
+    """The head of a model, None for one without. Raises ModelError when no known finish gives the model's logits."""
+    path = head_path(model)
+    if path is None:
+        return None
+    ids = torch.arange(1, 6, device=device_of(model))[None]
+    config = model.config.get_text_config()
+    expected = model(input_ids=ids).logits[0].float()
+    hidden = model.base_model(input_ids=ids)[0][0]
+    for finish in _finishes(config):
+        head = Head(model.get_submodule(path), finish, path)
+        if hidden.shape[-1] != head.matrix.weight.shape[1]:  # type: ignore[index]
+            break
+        if torch.allclose(head(hidden).float(), expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())):
+            return head
+    raise ModelError(f"the logits of {type(model).__name__} are not its output head's: this head is not supported")

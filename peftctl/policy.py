@@ -1,0 +1,199 @@
+"""The waist: a base with its deltas answers about a batch, whatever method and objective there are.
+
+The policy lays a batch out (`layout.py` chooses how), runs the trunk, and applies the head at labelled
+positions only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftctl.batch import Batch
+from peftctl.errors import ModelError
+from peftctl.head import Head
+from peftctl.kernels import attention
+from peftctl.kernels.token_stats import token_stats
+from peftctl.methods.attachment import Attachment, Virtual
+from peftctl.objectives.base import TokenStats
+
+
+class Layout(NamedTuple):
+    """`shared`: the forest. `joined`: each row a tree of its own, in one line. `padded`: a rectangle of rows.
+
+    `first_position`: the position that the architecture gives to a row's first token.
+    """
+
+    name: str
+    first_position: int = 0
+    reason: str = ""  # why the faster ones were not taken
+
+
+class Policy(nn.Module):
+    """A frozen model and the deltas attached to it. `forward` is trunk and head in one, so that it can be sharded."""
+
+    def __init__(
+        self, model: nn.Module, attachment: Attachment, layout: Layout, head: Head | None, base_dropout: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.attachment = attachment
+        self.layout = layout
+        self.head = head
+        self.base_dropout = base_dropout
+        self.attention_calls = 0  # how often the last forest asked for attention: what the layout check compares
+
+    def forward(self, batch: Batch) -> TokenStats:
+        if self.head is None:
+            raise ModelError(f"{type(self.model).__name__} has no output head that predicts tokens")
+        hidden, places = self.hidden(batch)
+        at_labels = hidden[places]
+        frozen = not any(path.startswith(tuple(self.head.paths)) for path in self.attachment.paths)
+        return TokenStats(*token_stats(at_labels, batch.labels.target, self.head, self.head.vocabulary, frozen))
+
+    def tokens(self, batch: Batch) -> TokenStats:
+        """Per label of the batch: fp32 log-probability and correctness, each (labels,)."""
+        answer: TokenStats = self(batch)
+        return answer
+
+    def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The trunk's last hidden states (N, d), and for each label the index of its source among them."""
+        virtual = self.attachment.virtual()
+        if self.layout.name == "padded":
+            return self._padded(batch, virtual)
+        if self.layout.name == "joined":
+            batch = batch.unshared()
+        return self._forest(batch, virtual), batch.labels.source
+
+    def row_hidden(self, batch: Batch) -> list[Tensor]:
+        """The trunk's last hidden states row by row, (length, d) each; what a test or a layout check compares."""
+        virtual = self.attachment.virtual()
+        if self.layout.name == "padded":
+            hidden, _ = self._padded(batch, virtual)
+            width = max(len(row.ids) for row in batch.rows)
+            return [hidden[i * width : i * width + len(row.ids)] for i, row in enumerate(batch.rows)]
+        if self.layout.name == "joined":
+            batch = batch.unshared()
+        hidden = self._forest(batch, virtual)
+        return [hidden[tokens] for tokens in batch.row_tokens]
+
+    def train(self, mode: bool = True) -> Policy:
+        super().train(mode)
+        self.model.train(mode and self.base_dropout)
+        return self
+
+    def _forest(self, batch: Batch, virtual: Virtual | None) -> Tensor:
+        length = virtual.length if virtual else 0
+        state = attention.Running(attention.plan(batch), *(virtual[1:] if virtual else ()))
+        positions = batch.positions + length + self.layout.first_position
+        with attention.running(self.model, state):
+            output = self.trunk(input_ids=batch.ids[None], **self._positions(positions[None]), **self._no_cache)
+        self.attention_calls = state.calls
+        return last_hidden(output)[0]
+
+    def _padded(self, batch: Batch, virtual: Virtual | None) -> tuple[Tensor, Tensor]:
+        rows, device = batch.rows, batch.ids.device
+        width = max(len(row.ids) for row in rows)
+        lengths = torch.tensor([len(row.ids) for row in rows], device=device)
+        real = torch.arange(width, device=device) < lengths[:, None]
+        ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
+        ids[real] = torch.tensor([i for row in rows for i in row.ids], device=device)
+        length = virtual.length if virtual else 0
+        mask = torch.cat([real.new_ones(len(rows), length), real], dim=1).long()
+        positions = torch.arange(width, device=device) + length + self.layout.first_position
+        extra = self._positions(positions.expand(len(rows), -1)) | self._no_cache
+        if virtual is not None:
+            extra = extra | {self._cache_name: cache_of(virtual, len(rows)), "use_cache": True}
+        output = self.trunk(input_ids=ids, attention_mask=mask, **extra)
+        places = batch.labels.row * width + batch.positions[batch.labels.source]
+        return last_hidden(output).flatten(0, 1), places
+
+    @property
+    def trunk(self) -> Any:
+        return getattr(self.model, "base_model", self.model)
+
+    @cached_property
+    def _accepted(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.trunk.forward).parameters)
+
+    @property
+    def _no_cache(self) -> dict[str, Any]:
+        return {"use_cache": False} if "use_cache" in self._accepted else {}
+
+    @property
+    def _cache_name(self) -> str:
+        """transformers 5 renamed `past_key_values` to `cache` on the way."""
+        names = [name for name in ("cache", "past_key_values") if name in self._accepted]
+        if not names:
+            raise ModelError(f"{type(self.model).__name__} accepts no attention cache, which this method needs")
+        return names[0]
+
+    def _positions(self, positions: Tensor) -> dict[str, Tensor]:
+        return {"position_ids": positions} if "position_ids" in self._accepted else {}
+
+
+def last_hidden(output: Any) -> Tensor:
+    value: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    return value
+
+
+def cache_of(virtual: Virtual, rows: int) -> Any:
+    """An attention cache that holds the virtual tokens, once for each row."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer, (k, v) in enumerate(zip(virtual.keys, virtual.values, strict=True)):
+        cache.update(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1), layer)
+    return cache
+
+
+class Reference:
+    """The policy as it was at step 0, asked without gradients.
+
+    By the switch where the deltas started as identity on the bare base; otherwise by a frozen copy of the initial
+    deltas, whose tensors then belong into every checkpoint.
+    """
+
+    def __init__(self, policy: Policy, initial: dict[str, Tensor] | None) -> None:
+        self.policy = policy
+        self.initial = initial
+
+    @torch.no_grad()
+    def tokens(self, batch: Batch) -> TokenStats:
+        with self._as_it_was():
+            return self.policy.tokens(batch)
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        training = self.policy.training
+        self.policy.eval()
+        with ExitStack() as stack:
+            stack.callback(self.policy.train, training)
+            if self.initial is None:
+                stack.enter_context(self.policy.attachment.disabled())
+            else:
+                stack.enter_context(swapped(self.policy.attachment.trainable(), self.initial))
+            yield
+
+
+def frozen_copy(attachment: Attachment) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in attachment.trainable().items()}
+
+
+@contextmanager
+def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
+    """Other values in the parameters' place for a while; the parameters' own storage is not written to."""
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = values[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
