@@ -1,0 +1,194 @@
+"""The tokenizer with its chat template: dialogues and plain texts to token ids and label weights, and back.
+
+It is made from a tokenizer's folder with `tokenizers` alone, which takes milliseconds where transformers takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from peftctl.data.spans import Span, ending, learnt
+from peftctl.data.template import Template
+from peftctl.errors import DataError, FormatError
+from peftctl.row import Message
+
+TEMPLATE = "chat_template.jinja"
+CONFIG = "tokenizer_config.json"
+COPIED = ("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+
+Encoded = tuple[tuple[int, ...], tuple[float, ...]]
+
+
+class Chat:
+    """Encodes what objectives ask for; see `objectives.base.Encoder`.
+
+    `tokens`: special tokens by name. `eos_ids`: the ids that end an answer, the end-of-turn token among them.
+    `vocabulary`: one more than the largest id. `template`: None for a tokenizer without one.
+    """
+
+    def __init__(self, folder: str | Path, template: str | None = None, now: datetime | None = None) -> None:
+        """`template`: Jinja source to use in place of the folder's. Raises FormatError: no tokenizer in the folder."""
+        self.folder = Path(folder)
+        self.tokenizer = _tokenizer(self.folder)
+        config = _json(self.folder / CONFIG)
+        self.tokens = _special_tokens(config, _json(self.folder / "special_tokens_map.json"))
+        source = template if template is not None else _template(self.folder, config)
+        self.template = Template(source, self.tokens, f"the chat template of {self.folder}", now) if source else None
+        self.vocabulary = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.special = _pattern([*self._added(), *self.tokens.values()])
+        self.opening = self._opening()
+        self.eos = self.tokenizer.token_to_id(self.tokens.get("eos_token", ""))
+        self.eos_ids = self._eos_ids()
+
+    def dialogue(self, messages: Sequence[Message], trained: str = "assistant") -> Encoded:
+        """Ids and label weights of the rendered dialogue. `trained`: `assistant` or `last`. Raises DataError."""
+        text, spans = learnt(self._templated(), messages, trained, self.special)
+        return self._label(text, spans)
+
+    def completion(self, prompt: str, answer: str) -> Encoded:
+        """Ids and label weights of a plain prompt and its answer, end-of-text token included. Raises DataError."""
+        if self.eos is None:
+            raise DataError(f"the tokenizer {self.folder} has no eos_token, so no answer can end; set it in {CONFIG}")
+        before = self.prompt(prompt)
+        after = self._continuation(prompt, answer)
+        after = after if after[-1:] == (self.eos,) else (*after, self.eos)
+        return (*before, *after), (0.0,) * len(before) + (1.0,) * len(after)
+
+    def prompt(self, text: str) -> tuple[int, ...]:
+        """Ids of a plain prompt: with what the tokenizer opens a text with (BOS), once."""
+        ids = self._ids(text)
+        return ids if ids[: len(self.opening)] == self.opening else (*self.opening, *ids)
+
+    def render_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids of a dialogue up to where the assistant's next answer begins. Raises DataError."""
+        return self._ids(self._templated().render(messages, prompt=True).text)
+
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """The text of some ids; with `special`, special tokens are written out."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
+        return text
+
+    def token(self, index: int) -> str:
+        """The token of an id, as the vocabulary spells it."""
+        return self.tokenizer.id_to_token(index) or f"<{index}>"
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files and write the template that was used."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*COPIED, "vocab.txt", "tokenizer.model"):
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+        if self.template is not None:
+            (folder / TEMPLATE).write_bytes(self.template.source.encode("utf-8"))
+            config = _json(folder / CONFIG)
+            if config.pop("chat_template", None) is not None:  # one truth: the file beside it
+                (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _templated(self) -> Template:
+        if self.template is None:
+            raise DataError(
+                f"the tokenizer {self.folder} has no chat template, so messages cannot be rendered; "
+                f"put a {TEMPLATE} beside its tokenizer.json, or use prompt + completion data"
+            )
+        return self.template
+
+    def _label(self, text: str, spans: Sequence[Span]) -> Encoded:
+        """A token is a label when it starts inside a span."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        weights, which = [], 0
+        for start, _ in encoding.offsets:
+            while which < len(spans) and start >= spans[which][1]:
+                which += 1
+            weights.append(1.0 if which < len(spans) and start >= spans[which][0] else 0.0)
+        return tuple(encoding.ids), tuple(weights)
+
+    def _continuation(self, prompt: str, answer: str) -> tuple[int, ...]:
+        """Ids of the answer after the prompt's own ids, which stay as they are when the model is asked."""
+        before, whole = self._ids(prompt), self._ids(prompt + answer)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        alone = self._ids(answer)
+        if self.decode((*before, *alone), special=True) != self.decode(whole, special=True):
+            raise DataError("prompt and completion cannot be told apart in tokens; begin the completion with the space")
+        return alone
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _opening(self) -> tuple[int, ...]:
+        """What the tokenizer itself puts before a text."""
+        plain, whole = self._ids("a"), tuple(self.tokenizer.encode("a", add_special_tokens=True).ids)
+        starts = range(len(whole) - len(plain) + 1)
+        return next((whole[:start] for start in starts if whole[start : start + len(plain)] == plain), ())
+
+    def _added(self) -> list[str]:
+        return [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+
+    def _eos_ids(self) -> tuple[int, ...]:
+        found: list[Any] = [self.eos]
+        generation = _json(self.folder / "generation_config.json").get("eos_token_id")
+        found += generation if isinstance(generation, list) else [generation]
+        if self.template is not None:
+            try:
+                found.append(self.tokenizer.token_to_id(ending(self.template, self.special)))
+            except DataError:
+                pass  # a template that wants more than one question says so when rows are rendered
+        return tuple(dict.fromkeys(index for index in found if isinstance(index, int)))
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FormatError(f"{folder} has no tokenizer.json; load the tokenizer with transformers and save it there")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise FormatError(f"{path} is not a tokenizer: {error}") from None
+    tokenizer.no_truncation()  # a file may carry a limit, which would cut rows without a word
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise FormatError(f"{path} is not JSON: {error}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token` and the like, whether written as text or as an object; the first source wins."""
+    tokens: dict[str, str] = {}
+    for name, value in (item for source in sources for item in source.items()):
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            tokens.setdefault(name, content)
+    return tokens
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_bytes().decode("utf-8")
+    value = config.get("chat_template")
+    if isinstance(value, list):  # several by name, as older files have them
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
+
+
+def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the tokens, the longest first; not the runs of white space that some vocabularies add."""
+    marks = sorted({token for token in tokens if token.strip()}, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, marks)) or r"(?!)")

@@ -1,0 +1,51 @@
+"""Supervised fine-tuning: the answers' tokens become likelier, each token weighing the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from peftctl.objectives.base import Answers, Encoder, Loss, Objective, ObjectiveConfig, Term
+from peftctl.row import Example, Row
+
+if TYPE_CHECKING:
+    from peftctl.batch import Batch
+
+
+class SftConfig(ObjectiveConfig):
+    trained: Literal["assistant", "last"] = Field(
+        "assistant", description="which turns of a dialogue are learnt: all of the assistant's, or its last"
+    )
+
+
+def encode(example: Example, encoder: Encoder, config: SftConfig) -> tuple[Row, ...]:
+    """One row. Raises DataError with the reason."""
+    if example.kind == "completion":
+        return (Row(*encoder.completion(example.prompt_text, example.completion)),)
+    return (Row(*encoder.dialogue(example.messages, config.trained)),)
+
+
+def weights(batch: Batch, config: SftConfig) -> tuple[float, ...]:
+    """The labels' total weight."""
+    return (float(batch.labels.weight.sum()),)
+
+
+def loss(policy: Answers, reference: Answers | None, batch: Batch, config: SftConfig) -> Loss:
+    """The labels' negative log-probability, summed by weight; metrics `loss` and `token_accuracy`, by token."""
+    stats, weight = policy.tokens(batch), batch.labels.weight
+    total, count = -(stats.logprob * weight).sum(), weight.sum()
+    correct = (stats.correct * weight).sum()
+    return Loss((Term(total),), {"loss": (total.detach(), count), "token_accuracy": (correct, count)})
+
+
+OBJECTIVE = Objective(
+    name="sft",
+    summary="learn to give the answers of dialogues or of prompts",
+    paper="",
+    config=SftConfig,
+    kinds=frozenset({"messages", "completion"}),
+    encode=encode,
+    weights=weights,
+    loss=loss,
+)
