@@ -85,7 +85,7 @@ class Chat:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (*COPIED, "vocab.txt", "tokenizer.model"):
-            if (self.folder / name).is_file():
+            if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)
         if self.template is not None:
             (folder / TEMPLATE).write_bytes(self.template.source.encode("utf-8"))

@@ -1,4 +1,4 @@
-"""From a file to encoded examples: every row is kept, or refused with its place and the reason; never dropped in silence."""
+"""From a file to encoded examples: every row is kept, or refused with its place and the reason."""
 
 from __future__ import annotations
 
