@@ -86,7 +86,7 @@ def _built(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = getattr(transformers, model_class)(config)
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for parameter in model.parameters():
             # a bias at 0 or a norm at 1 would hide that it was dropped
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
