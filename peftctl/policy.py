@@ -38,15 +38,12 @@ class Layout(NamedTuple):
 class Policy(nn.Module):
     """A frozen model and the deltas attached to it. `forward` is trunk and head in one, so that it can be sharded."""
 
-    def __init__(
-        self, model: nn.Module, attachment: Attachment, layout: Layout, head: Head | None, base_dropout: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, attachment: Attachment, layout: Layout, head: Head | None) -> None:
         super().__init__()
         self.model = model
         self.attachment = attachment
         self.layout = layout
         self.head = head
-        self.base_dropout = base_dropout
         self.attention_calls = 0  # how often the last forest asked for attention: what the layout check compares
 
     def forward(self, batch: Batch) -> TokenStats:
@@ -82,11 +79,6 @@ class Policy(nn.Module):
             batch = batch.unshared()
         hidden = self._forest(batch, virtual)
         return [hidden[tokens] for tokens in batch.row_tokens]
-
-    def train(self, mode: bool = True) -> Policy:
-        super().train(mode)
-        self.model.train(mode and self.base_dropout)
-        return self
 
     def _forest(self, batch: Batch, virtual: Virtual | None) -> Tensor:
         length = virtual.length if virtual else 0

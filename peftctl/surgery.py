@@ -88,5 +88,14 @@ def frozen(model: nn.Module) -> nn.Module:
     return model
 
 
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model with every dropout probability at 0, whether a module's own or handed to a function."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name == "p" or name.endswith("_pdrop")):
+                setattr(module, name, 0.0)
+    return model
+
+
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device

@@ -1,0 +1,169 @@
+"""Finding a base: a hub id, a local folder, a GGUF file or a bare architecture becomes files on this machine.
+
+Torch-free: what the config says is judged here, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peftctl.errors import ModelError
+
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+SMALL = ["config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt", "special_tokens*"]
+# what makes a model more than text: refused by name, as no method here knows where to sit in it
+OTHER_SENSES = {"vision_config": "a vision-language", "audio_config": "an audio", "speech_config": "a speech"}
+
+
+class Base(NamedTuple):
+    """A base on this machine. `weights` is None for a bare architecture, whose weights are drawn at random."""
+
+    name: str  # as the recipe says it
+    revision: str | None  # commit of a hub model
+    config: Path  # its config.json
+    weights: Path | None  # the folder that holds the safetensors
+    tokenizer: Path | None  # the folder that holds tokenizer.json
+
+    def settings(self) -> dict[str, Any]:
+        """The parsed config.json."""
+        settings: dict[str, Any] = json.loads(self.config.read_text("utf-8"))
+        return settings
+
+
+def cache_folder() -> Path:
+    """Where conversions and tables are kept: $PEFTCTL_CACHE, else peftctl/ in the user's cache folder."""
+    if "PEFTCTL_CACHE" in os.environ:
+        return Path(os.environ["PEFTCTL_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peftctl"
+
+
+def resolve(
+    name: str,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    *,
+    with_weights: bool = True,
+    trust_remote_code: bool = False,
+) -> Base:
+    """The base of that name, fetched or converted if need be. Raises ModelError in one line that says what to do."""
+    path = Path(name)
+    if name.endswith(".json"):
+        base = Base(name, None, _existing(path), None, None)
+    elif name.endswith(".gguf"):
+        folder = _converted(_existing(path))
+        base = Base(name, None, folder / "config.json", folder, folder)
+    elif path.is_dir():
+        base = _folder(name, path, None, with_weights)
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model.name: there is no folder {name}")
+    else:
+        base = _hub(name, revision, with_weights)
+    if tokenizer is not None:
+        base = base._replace(tokenizer=_existing(Path(tokenizer)))
+    _judge(base, trust_remote_code)
+    return base
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise ModelError(f"model: there is no {path}")
+    return path
+
+
+def _converted(gguf: Path) -> Path:
+    """A GGUF base as a plain folder, converted once and kept."""
+    from peftctl.formats.gguf import convert
+
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
+    if not folder.exists():
+        convert(gguf, folder)
+    return folder
+
+
+def _folder(name: str, folder: Path, revision: str | None, with_weights: bool) -> Base:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.name: {folder} holds no config.json, so it is no model")
+    if with_weights and not any(folder.glob("*.safetensors")):
+        found = "only pickles (.bin), which are never read" if any(folder.glob("*.bin")) else "no weights"
+        raise ModelError(f"model.name: {folder} holds {found}; *.safetensors files are needed")
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    return Base(name, revision, folder / "config.json", folder, folder if has_tokenizer else None)
+
+
+def _hub(name: str, revision: str | None, with_weights: bool) -> Base:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    patterns = SMALL + (WEIGHTS if with_weights else [])
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise ModelError(f"{name} is gated: accept its terms on the hub, then set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{name} has no revision {revision!r}: check model.revision") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"the hub has no model {name!r}: check model.name, or set HF_TOKEN if it is private") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        raise ModelError(
+            f"{name} is not on this machine and the hub cannot be reached: connect, or set model.name to a local folder"
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"model.name: {name!r} is neither a folder nor a hub id: {error}") from None
+    return _folder(name, folder, folder.name, with_weights)
+
+
+def _judge(base: Base, trust_remote_code: bool) -> None:
+    """Refuse, by what the config says, what cannot be served or would run code."""
+    try:
+        settings = base.settings()
+    except ValueError as error:
+        raise ModelError(f"{base.config} is not JSON: {error}") from None
+    if not isinstance(settings, dict) or "model_type" not in settings:
+        raise ModelError(f"{base.config} has no model_type, so it is no Hugging Face config")
+    if "auto_map" in settings and not trust_remote_code:
+        raise ModelError(f"{base.name} brings its own code: read it, then pass --trust-remote-code if you trust it")
+    for key, sense in OTHER_SENSES.items():
+        if key in settings:
+            raise ModelError(f"{base.name} is {sense} model ({settings['model_type']}): only text models are served")
+
+
+def shrink(base: Base, vocabulary: int) -> Base:
+    """A bare architecture of the same family with 2 narrow layers; for smoke runs."""
+    settings = _shrunk(base.settings(), vocabulary)
+    text = json.dumps(settings, indent=1, sort_keys=True)
+    path = cache_folder() / "shrunk" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
+    return base._replace(config=path, weights=None)
+
+
+SMALL_VALUES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner"), 128),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("num_local_experts", "num_experts"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 2048),
+    "head_dim": 16,
+    "rotary_dim": 8,
+}
+
+
+def _shrunk(settings: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+    small = {key: SMALL_VALUES.get(key, value) if value is not None else None for key, value in settings.items()}
+    for key in ("layer_types", "mlp_layer_types"):
+        if key in small:
+            small[key] = small[key][:2]
+    tokens = {"vocab_size": vocabulary, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    drop = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    return {key: value for key, value in (small | tokens | {"dtype": "float32"}).items() if key not in drop}

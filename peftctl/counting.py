@@ -1,0 +1,36 @@
+"""What a recipe would train, counted on the skeleton: no weight is read."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from peftctl.base import Base
+from peftctl.methods.base import Method, MethodConfig
+from peftctl.model import skeleton
+
+
+class Counts(NamedTuple):
+    """Numbers of parameters. `trainable` is adapter and saved modules; `total` is base and trainable."""
+
+    adapter: int
+    saved_modules: int
+    trainable: int
+    base: int
+    total: int
+    percent: float  # trainable of total
+    summary: str
+    places: dict[str, int]
+
+    def document(self, by_module: bool) -> dict[str, Any]:
+        found = self._asdict()
+        places = found.pop("places")
+        return found | ({"by_module": places} if by_module else {})
+
+
+def count(base: Base, method: Method[Any], config: MethodConfig, *, trust_remote_code: bool = False) -> Counts:
+    """Raises TargetError where the method cannot serve the base."""
+    table = skeleton(base, trust_remote_code=trust_remote_code)
+    counted = method.count(table, config)
+    own, total = counted.total, table.parameters()
+    percent = 100 * own / (own + total)
+    return Counts(own, 0, own, total, own + total, percent, counted.summary, counted.places)

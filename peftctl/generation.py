@@ -1,0 +1,95 @@
+"""Generating text with a policy: transformers' own decoding, with virtual tokens laid into its cache first."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftctl.batch import build
+from peftctl.policy import Policy, cache_of
+from peftctl.row import Row
+from peftctl.surgery import device_of
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    end: Sequence[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[int], None] = lambda token: None,
+) -> list[int]:
+    """New token ids after a prompt, the end token included; greedy at temperature 0."""
+    policy.eval()
+    torch.manual_seed(seed)
+    prompt, extra = _prompt(policy, ids)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    output = policy.model.generate(  # type: ignore[operator]
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(end) or None,
+        pad_token_id=end[0] if end else 0,
+        streamer=_Streamer(on_token),
+        **sampling,
+        **extra,
+    )
+    new: list[int] = output[0, prompt.shape[1] :].tolist()
+    return new
+
+
+@torch.no_grad()
+def generate_plainly(policy: Policy, ids: Sequence[int], max_new_tokens: int, end: Sequence[int]) -> list[int]:
+    """Greedy decoding that computes the whole row again for each token: the twin that `generate` is tested against."""
+    policy.eval()
+    new: list[int] = []
+    while len(new) < max_new_tokens and not (new and new[-1] in end):
+        row = Row((*ids, *new), (0.0,) * (len(ids) + len(new)))
+        hidden = policy.row_hidden(build([row]).to(device_of(policy.model)))[0]
+        new.append(int(policy.head(hidden[-1:]).argmax()))  # type: ignore[misc]
+    return new
+
+
+def _prompt(policy: Policy, ids: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
+    """The prompt, behind as many stand-ins as the cache already holds virtual tokens."""
+    device = device_of(policy.model)
+    virtual = policy.attachment.virtual()
+    if virtual is None:
+        return torch.tensor([list(ids)], device=device), {}
+    dtype = next(policy.model.parameters()).dtype
+    held = virtual._replace(
+        keys=tuple(k.to(dtype) for k in virtual.keys), values=tuple(v.to(dtype) for v in virtual.values)
+    )
+    stand_ins = [0] * virtual.length
+    return torch.tensor([stand_ins + list(ids)], device=device), {_cache_name(policy): cache_of(held, 1)}
+
+
+def _cache_name(policy: Policy) -> str:
+    accepted = inspect.signature(policy.model.forward).parameters
+    return "cache" if "cache" in accepted else "past_key_values"
+
+
+class _Streamer:
+    """What transformers calls with the prompt first, then with each token."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self.on_token = on_token
+        self.prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if self.prompt_seen:
+            self.on_token(int(value.flatten()[0]))
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        pass
