@@ -61,7 +61,9 @@ GOLDEN = {
     "zephyr": "<|user|>\nthe cat?<|eos|>\n<|assistant|>\n[[sat on the mat<|eos|>]]\n",
     "gemma": "<|bos|><|start|>user\nthe cat?<|turn|>\n<|start|>model\n[[sat on the mat<|turn|>]]\n",
     "generation": "<|im_start|>user\nthe cat?<|im_end|>\n<|im_start|>assistant\n[[sat on the mat<|im_end|>]]\n",
-    "generation_inside": "<|start|>user<|stop|>the cat?<|turn|>\n<|start|>assistant<|stop|>[[sat on the mat<|turn|>]]\n",
+    "generation_inside": (
+        "<|start|>user<|stop|>the cat?<|turn|>\n<|start|>assistant<|stop|>[[sat on the mat<|turn|>]]\n"
+    ),
     "closing": "<|user|>\nthe cat?<|turn|>\n<|assistant|>\n[[sat on the mat<|turn|>]]\n<|eos|>",
     "plain": "user: the cat?\nassistant: [[sat on the mat\n]]",
 }
@@ -139,7 +141,7 @@ def test_a_prompt_that_is_not_how_the_answer_begins_is_refused(made):
     source = (
         "{% for m in messages %}{{ m.content }}<|turn|>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     )
-    with pytest.raises(DataError, match="message 2 inconsistently.*the prompt for it"):
+    with pytest.raises(DataError, match=r"message 2 inconsistently.*the prompt for it"):
         Chat(made(None), source).dialogue(SIMPLE)
 
 
@@ -211,7 +213,7 @@ def test_a_tokenizer_that_puts_a_space_first(metaspace):
 
 
 def test_an_answer_cannot_end_without_eos(made):
-    with pytest.raises(DataError, match="no eos_token.*tokenizer_config"):
+    with pytest.raises(DataError, match=r"no eos_token.*tokenizer_config"):
         Chat(made(None, eos_token=None)).completion("a", "b")
 
 

@@ -1,0 +1,78 @@
+"""SFT is token cross entropy, weighed by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.nn import functional
+
+from peftctl.batch import build
+from peftctl.objectives import get, names
+from peftctl.objectives.base import TokenStats
+from peftctl.row import Example, Message, Row
+
+SFT = get("sft")
+CONFIG = SFT.config(name="sft")
+
+
+class Logits:
+    """A policy that is a table: one row of logits for each token of the batch."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table = table
+
+    def tokens(self, batch) -> TokenStats:
+        logits = self.table[batch.labels.source]
+        chosen = logits.log_softmax(-1).gather(1, batch.labels.target[:, None])[:, 0]
+        return TokenStats(chosen, logits.argmax(-1) == batch.labels.target)
+
+
+def batch():
+    rows = [Row((1, 2, 3, 4), (0.0, 0.0, 1.0, 1.0)), Row((1, 2, 5), (0.0, 0.0, 0.5)), Row((6, 7), (0.0, 2.0))]
+    return build(rows)
+
+
+def test_equals_cross_entropy_on_explicit_logits():
+    forest = batch()
+    table = torch.randn(len(forest), 9, generator=torch.manual_seed(0), requires_grad=True)
+    loss = SFT.loss(Logits(table), None, forest, CONFIG)
+    logits, target, weight = table[forest.labels.source], forest.labels.target, forest.labels.weight
+    expected = (functional.cross_entropy(logits, target, reduction="none") * weight).sum()
+    torch.testing.assert_close(loss.terms[0].sum, expected)
+    assert len(loss.terms) == 1 and loss.terms[0].coefficient == 1.0
+    ours, theirs = (torch.autograd.grad(x, table, retain_graph=True)[0] for x in (loss.terms[0].sum, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_weights_and_metrics_are_sums_and_counts():
+    forest = batch()
+    table = torch.full((len(forest), 9), -1.0)
+    table[:, 4] = 1.0  # right for the one label 4, of weight 1 in 4.5
+    loss = SFT.loss(Logits(table), None, forest, CONFIG)
+    assert SFT.weights(forest, CONFIG) == (4.5,)
+    total, count = loss.metrics["token_accuracy"]
+    assert (float(total), float(count)) == (1.0, 4.5)
+    assert float(loss.metrics["loss"][0]) == float(loss.terms[0].sum) and float(loss.metrics["loss"][1]) == 4.5
+    assert not any(value.requires_grad for pair in loss.metrics.values() for value in pair)
+
+
+def test_encodes_dialogues_and_plain_answers():
+    class Encoder:
+        def dialogue(self, messages, trained):
+            return (len(messages),), (float(trained == "last"),)
+
+        def completion(self, prompt, answer):
+            return (len(prompt), len(answer)), (0.0, 1.0)
+
+    talk = Example("messages", "", (Message("user", "a"), Message("assistant", "b")))
+    assert SFT.encode(talk, Encoder(), CONFIG) == (Row((2,), (0.0,)),)
+    assert SFT.encode(talk, Encoder(), SFT.config(name="sft", trained="last")) == (Row((2,), (1.0,)),)
+    plain = Example("completion", "", prompt_text="abc", completion="d")
+    assert SFT.encode(plain, Encoder(), CONFIG) == (Row((3, 1), (0.0, 1.0)),)
+
+
+def test_is_found_and_strict():
+    assert {"sft", "dpo"} <= set(names()) and SFT.reference(CONFIG) is None and SFT.base_dropout
+    with pytest.raises(ValidationError):
+        SFT.config(name="sft", trained="all")
