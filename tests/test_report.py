@@ -1,0 +1,132 @@
+"""Events arrive in the log as they are, and a log is cut back to where a checkpoint stands."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from peftctl import report
+from peftctl.errors import SaveError
+
+
+def events(upto: int, every: int = 2) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = []
+    for step in range(1, upto + 1):
+        found.append({"event": "step", "step": step, "loss": 1 / step})
+        if step % every == 0:
+            found.append({"event": "evaluation", "step": step, "validation_loss": 2 / step})
+    return found
+
+
+def write(path: Path, items: list[dict[str, object]]) -> None:
+    with report.Log(path) as log:
+        for event in items:
+            log(event)
+
+
+def test_log_keeps_floats_exactly_and_appends(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.jsonl"
+    items = [{"event": "step", "step": 1, "loss": 0.1 + 0.2}, {"event": "step", "step": 2, "loss": 1e-300}]
+    write(path, items[:1])
+    write(path, items[1:])
+    assert report.read(path) == items
+
+
+def test_each_event_is_on_its_way_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with report.Log(path) as log:
+        log({"event": "step", "step": 1})
+        assert report.read(path) == [{"event": "step", "step": 1}]
+        log.sync()
+
+
+def test_what_is_not_finite_is_not_lost_and_the_file_stays_json(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, [{"event": "step", "a": math.nan, "b": math.inf, "c": -math.inf}])
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    assert json.loads(path.read_text(), parse_constant=refuse) == {
+        "event": "step",
+        "a": "NaN",
+        "b": "Infinity",
+        "c": "-Infinity",
+    }
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+@pytest.mark.parametrize("tail", [b"", b'{"event": "st', b"\0\0\0\n", b"17\n"])
+def test_truncated_and_continued_log_equals_the_uninterrupted_one(tmp_path: Path, step: int, tail: bytes) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    write(whole, events(5))
+    write(cut, events(4))
+    with cut.open("ab") as file:
+        file.write(tail)
+    report.truncate(cut, step)
+    last = report.read(cut)[-1]
+    assert (last["event"], last["step"]) == ("step", step), "the step's evaluation is repeated on resume"
+    at = events(5).index({"event": "step", "step": step, "loss": 1 / step})
+    write(cut, events(5)[at + 1 :])
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_truncate_to_the_start_and_without_a_log(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    report.truncate(path, 3)
+    assert not path.exists() and report.read(path) == []
+    write(path, events(3))
+    report.truncate(path, 0)
+    assert path.read_bytes() == b""
+
+
+def test_log_that_cannot_be_opened_or_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match=r"cannot write .*file/metrics\.jsonl"):
+        report.Log(tmp_path / "file" / "metrics.jsonl")
+    with report.Log(Path("/dev/full")) as log, pytest.raises(SaveError, match="No space left"):
+        log({"event": "step", "step": 1})
+
+
+def test_piped_display_shows_some_lines_all_evaluations_and_notices() -> None:
+    stream = io.StringIO()
+    with report.display(100, stream=stream) as shown:
+        for event in events(100, every=50):
+            shown(event)
+        shown.notice("saved")
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("step 1/100  loss 1") and lines[-1] == "saved"
+    assert sum(line.startswith("evaluation") for line in lines) == 2
+    assert 10 < len(lines) < 30 and "\x1b" not in stream.getvalue()
+
+
+def test_quiet_display_is_silent() -> None:
+    stream = io.StringIO()
+    with report.display(3, quiet=True, stream=stream) as shown:
+        for event in events(3):
+            shown(event)
+        shown.notice("saved")
+    assert stream.getvalue() == ""
+
+
+def test_terminal_display_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    with report.display(3, stream=stream) as shown:
+        for event in events(3):
+            shown(event)
+        shown.notice("[not markup]")
+    text = stream.getvalue()
+    assert "3/3" in text and "evaluation 2/3" in text and "[not markup]" in text and "\x1b" in text
+
+
+def test_tee_and_latest() -> None:
+    latest, seen = report.Latest(), []
+    emit = report.tee(latest, seen.append)
+    for event in events(4):
+        emit(event)
+    assert latest.events["step"]["step"] == 4 and latest.events["evaluation"]["validation_loss"] == 0.5
+    assert seen == events(4)
