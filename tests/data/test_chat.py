@@ -14,6 +14,7 @@ from peftctl.errors import DataError, FormatError
 from peftctl.row import Message
 
 TEMPLATES = ["chatml", "default_system", "llama3", "zephyr", "gemma", "generation", "generation_inside", "closing"]
+TEMPLATES.append("marked_thinking")
 SIMPLE = (Message("user", "the cat?"), Message("assistant", "sat on the mat"))
 LONG = (*SIMPLE, Message("user", "And the dög \U0001f436?"), Message("assistant", "  on the log\n"))
 
@@ -135,6 +136,14 @@ def test_a_template_that_drops_thinking_is_refused_unless_the_last_turn_is_learn
     assert spans(chat, chat.dialogue((*SIMPLE, LONG[2], said))) == [
         "sat on the mat<|im_end|>", "<think>hm</think>yes<|im_end|>"
     ]  # fmt: skip
+
+
+def test_generation_marks_need_no_consistent_beginnings(made):
+    chat = Chat(made("marked_thinking", merges=False))
+    said = Message("assistant", "<think>hm</think>yes")
+    encoded = chat.dialogue((LONG[0], said, LONG[2], said))
+    assert spans(chat, encoded) == ["yes<|turn|>", "<think>hm</think>yes<|turn|>"]
+    assert spans(chat, chat.dialogue((LONG[0], said, LONG[2], said), "last")) == ["<think>hm</think>yes<|turn|>"]
 
 
 def test_a_prompt_that_is_not_how_the_answer_begins_is_refused(made):

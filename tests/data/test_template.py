@@ -26,6 +26,10 @@ def test_marks_are_located_and_leave_no_trace():
     assert [rendered.text[slice(*mark)] for mark in rendered.marks] == ["b0", ""]
 
 
+def test_lines_of_blocks_leave_no_white_space():
+    assert render("a\n    {% if true %}\nb\n\t{% endif %}\nc") == "a\nb\nc"
+
+
 def test_output_is_bounded(monkeypatch):
     monkeypatch.setattr(module, "LONGEST", 1000)
     assert len(render("{% for i in range(1000) %}x{% endfor %}")) == 1000

@@ -48,11 +48,11 @@ def test_equals_cross_entropy_on_explicit_logits():
 def test_weights_and_metrics_are_sums_and_counts():
     forest = batch()
     table = torch.full((len(forest), 9), -1.0)
-    table[:, 4] = 1.0  # right for the one label 4, of weight 1 in 4.5
+    table[:, 7] = 1.0  # right for the one label 7, of weight 2 in 4.5
     loss = SFT.loss(Logits(table), None, forest, CONFIG)
     assert SFT.weights(forest, CONFIG) == (4.5,)
     total, count = loss.metrics["token_accuracy"]
-    assert (float(total), float(count)) == (1.0, 4.5)
+    assert (float(total), float(count)) == (2.0, 4.5)
     assert float(loss.metrics["loss"][0]) == float(loss.terms[0].sum) and float(loss.metrics["loss"][1]) == 4.5
     assert not any(value.requires_grad for pair in loss.metrics.values() for value in pair)
 
