@@ -98,8 +98,13 @@ def _folder(name: str, folder: Path, revision: str | None, with_weights: bool) -
 
 def _hub(name: str, revision: str | None, with_weights: bool) -> Base:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     patterns = SMALL + (WEIGHTS if with_weights else [])
     try:

@@ -40,7 +40,7 @@ def device(name: str) -> str:
 
 
 def skeleton(base: Base, *, trust_remote_code: bool = False) -> Skeleton:
-    """The module table of a base, without its weights; kept under the config's hash, so that asking again is instant."""
+    """The module table of a base, without its weights; kept under the config's hash, so asking again is instant."""
     path = cache_folder() / "skeletons" / f"{_key(base)}.json"
     if path.is_file():
         return _read(json.loads(path.read_text("utf-8")))
@@ -92,7 +92,9 @@ def _config(base: Base, trust_remote_code: bool) -> Any:
             return AutoConfig.from_pretrained(base.weights, trust_remote_code=True)
         return AutoConfig.for_model(**settings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{base.name}: transformers {version('transformers')} cannot use its config: {error}") from None
+        raise ModelError(
+            f"{base.name}: transformers {version('transformers')} cannot use its config: {error}"
+        ) from None
 
 
 def _from_config(base: Base, trust_remote_code: bool) -> Any:
@@ -105,14 +107,19 @@ def _from_config(base: Base, trust_remote_code: bool) -> Any:
         raise ModelError(f"{base.name} ({config.model_type}) is no causal language model: {_line(error)}") from None
 
 
-def _meta(base: Base, trust_remote_code: bool) -> Skeleton:
+def empty(base: Base, *, trust_remote_code: bool = False) -> Any:
+    """The model on the meta device: its modules and shapes, no memory for weights."""
     import torch
-
-    from peftctl.surgery import skeleton as table_of
 
     _quiet()
     with torch.device("meta"):
-        return table_of(_from_config(base, trust_remote_code))
+        return _from_config(base, trust_remote_code)
+
+
+def _meta(base: Base, trust_remote_code: bool) -> Skeleton:
+    from peftctl.surgery import skeleton as table_of
+
+    return table_of(empty(base, trust_remote_code=trust_remote_code))
 
 
 def _random(base: Base, dtype: torch.dtype | str, seed: int) -> Any:

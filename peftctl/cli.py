@@ -1,0 +1,208 @@
+"""The command line: parse, call, print. Everything heavy is imported inside a command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftctl import __version__
+from peftctl.errors import PeftctlError
+
+app = typer.Typer(
+    add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=__doc__
+)
+debug = False
+quiet = False
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe", show_default=False)]
+PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="a run, an adapter or a model", show_default=False)]
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key: train.max_steps=10")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
+BaseOption = Annotated[str | None, typer.Option("--base", help="the base, if not the one the adapter names")]
+
+
+@app.callback()
+def _globals(
+    quiet_: Annotated[bool, typer.Option("--quiet", help="no progress on stderr")] = False,
+    debug_: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False,
+) -> None:
+    global debug, quiet
+    debug, quiet = debug_, quiet_
+    if version:
+        typer.echo(f"peftctl {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: peftctl train recipes/smoke.yaml --set train.max_steps=4")
+def train(
+    path: RecipeArgument,
+    set_: Set = [],  # noqa: B006  (typer reads the default, nothing writes it)
+    output: Annotated[str | None, typer.Option(help="the run's folder, in place of the recipe's")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    resume_from: Annotated[str | None, typer.Option(help="go on from this checkpoint")] = None,
+    device: Annotated[str | None, typer.Option(help="in place of train.device")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, train nothing")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="2 steps on a tiny random model, no downloads")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="skip the proof after training")] = False,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Train a recipe; the run's folder holds the adapter and what proves it."""
+    from peftctl import commands
+
+    overrides = [*set_, *([f"output={output}"] if output else []), *([f"train.device={device}"] if device else [])]
+    options = {"resume": resume, "resume_from": resume_from, "verify": not no_verify, "quiet": quiet}
+    result = commands.train(path, overrides, smoke, dry_run, options | {"trust_remote_code": trust_remote_code})
+    _print(result, json_, commands.described)
+
+
+@app.command(epilog="Example: peftctl validate recipes/smoke.yaml --show 2")
+def validate(
+    path: RecipeArgument,
+    set_: Set = [],  # noqa: B006
+    show: Annotated[int, typer.Option(help="print this many rows, token by token, labels in colour")] = 0,
+    smoke: Annotated[bool, typer.Option("--smoke", help="as train --smoke would run it")] = False,
+    json_: Json = False,
+) -> None:
+    """Check a recipe and its data; no weights are loaded."""
+    from peftctl import commands
+
+    _print(commands.validate(path, set_, smoke, show), json_, commands.described)
+
+
+@app.command(epilog="Example: peftctl count-params recipes/smoke.yaml --by-module")
+def count_params(
+    path: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="a YAML recipe", show_default=False)] = None,
+    set_: Set = [],  # noqa: B006
+    base: Annotated[str | None, typer.Option(help="without a recipe: a model, or a bare config.json")] = None,
+    method: Annotated[str | None, typer.Option(help="without a recipe: the method's name")] = None,
+    by_module: Annotated[bool, typer.Option("--by-module", help="a line for each place")] = False,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Count what would be trained, exactly, without reading a weight."""
+    from peftctl import commands
+
+    result = commands.count_params(path, set_, base, method, by_module, trust_remote_code)
+    _print(result, json_, commands.described)
+
+
+@app.command(epilog="Example: peftctl merge runs/smoke/adapter --output merged")
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter or a run", show_default=False)],
+    output: Annotated[Path, typer.Option(help="the folder of the merged model")],
+    base: BaseOption = None,
+    dtype: Annotated[str | None, typer.Option(help="stored type of the result, if not the base's")] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="do not compare the logits")] = False,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Fold an adapter into its base, shard by shard, and compare the logits."""
+    from peftctl import commands
+
+    result = commands.merge(adapter, output, base, dtype, not no_verify, trust_remote_code, quiet)
+    _print(result, json_, commands.described)
+
+
+@app.command(epilog="Example: peftctl generate runs/smoke --prompt 'What is an adapter?' --max-new-tokens 20")
+def generate(
+    path: PathArgument,
+    prompt: Annotated[str, typer.Option(help="what the user says")],
+    system: Annotated[str | None, typer.Option(help="a system message before it")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    seed: int = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="no chat template: continue the prompt as it is")] = False,
+    base: BaseOption = None,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Answer a prompt with a model, an adapter or a run."""
+    from peftctl import commands
+
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    opened = commands.opened(path, base, device, trust_remote_code)
+    result = commands.generate(opened, prompt, system, raw, sampling, stream=not json_)
+    _print(result, json_, lambda answer: "")
+
+
+@app.command("eval", epilog="Example: peftctl eval runs/smoke --data configs/data/messages.jsonl --json")
+def evaluate(
+    path: PathArgument,
+    data: Annotated[Path, typer.Option(help="a JSONL file")],
+    max_length: Annotated[int, typer.Option(min=2, help="longest row in tokens")] = 4096,
+    base: BaseOption = None,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Loss and perplexity on a file, weighted by token."""
+    from peftctl import commands
+    from peftctl.evaluation import evaluate as measure
+
+    result = measure(commands.opened(path, base, device, trust_remote_code), data, max_length)
+    _print(result, json_, commands.described)
+
+
+@app.command()
+def methods(json_: Json = False) -> None:
+    """The methods there are."""
+    from peftctl import commands
+
+    _print(commands.methods(), json_, commands.table)
+
+
+@app.command()
+def objectives(json_: Json = False) -> None:
+    """The objectives there are."""
+    from peftctl import commands
+
+    _print(commands.objectives(), json_, commands.table)
+
+
+@app.command()
+def schema() -> None:
+    """The JSON schema of a recipe, for editors."""
+    from peftctl.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command(epilog="Example: peftctl init my.yaml")
+def init(path: Annotated[Path, typer.Argument(help="where to write the recipe")] = Path("recipe.yaml")) -> None:
+    """Write a starter recipe that runs as it is."""
+    from peftctl import commands
+
+    typer.echo(commands.init(path))
+
+
+def _print(result: Any, as_json: bool, readable: Any) -> None:
+    """The result on stdout: one JSON document, or text."""
+    text = json.dumps(result, indent=2) if as_json else readable(result)
+    if text:
+        typer.echo(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; an error of ours is one line on stderr and an exit code."""
+    try:
+        app(args=arguments, prog_name="peftctl")
+    except PeftctlError as error:
+        if debug:
+            raise
+        for line in str(error).splitlines():
+            print(f"peftctl: error: {line}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What each command does, between the command line and the modules that do the work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftctl import recipe as recipes
+from peftctl.errors import InputError
+
+if TYPE_CHECKING:
+    from peftctl.opened import Opened
+
+
+def train(
+    path: Path, overrides: Sequence[str], smoke: bool, dry_run: bool, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Train, or only check what can be checked before."""
+    from peftctl.plan import Options, plan
+
+    wanted, chosen = recipes.load(path, overrides, smoke), Options(**options)
+    if dry_run:
+        planned = plan(wanted, chosen)
+        return {"run": wanted.output, "steps": planned.steps, **planned.counts.document(by_module=False)}
+    from peftctl.run import train as run
+
+    return run(wanted, chosen)
+
+
+def validate(path: Path, overrides: Sequence[str], smoke: bool, show: int) -> dict[str, Any]:
+    """Check recipe and data; `show` rows are printed on stderr as the loss will see them."""
+    from peftctl import objectives
+    from peftctl.data.dataset import prepare
+    from peftctl.plan import base_and_chat
+
+    wanted = recipes.load(path, overrides, smoke)
+    base, chat = base_and_chat(wanted, with_weights=False)
+    vocabulary = base.settings().get("vocab_size")
+    data = prepare(wanted, chat, objectives.get(wanted.objective.name), vocabulary)
+    for rows in data.train.examples[:show]:
+        _show(rows, chat)
+    report = data.report._asdict()
+    return {
+        "rows": report.pop("read"),
+        "kept": report.pop("kept"),
+        "refused": report.pop("refused"),
+        "labelled_tokens": report.pop("labelled_tokens"),
+        "train_examples": len(data.train),
+        "validation_examples": len(data.validation) if data.validation is not None else 0,
+        **report | {"faults": [str(fault) for fault in report["faults"]], "unused": list(report["unused"])},
+    }
+
+
+def _show(rows: Sequence[Any], chat: Any) -> None:
+    """Tokens of a few rows, labels in colour: what the loss will see."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    for row in rows:
+        console.rule(row.role or f"example {row.example}")
+        text = Text()
+        for index, weight in zip(row.ids, row.weights, strict=True):
+            text.append(chat.decode([index], special=True), style="bold green" if weight else "dim")
+        console.print(text)
+
+
+def count_params(
+    path: Path | None,
+    overrides: Sequence[str],
+    base: str | None,
+    method: str | None,
+    by_module: bool,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Count for a recipe, or for a base and a method named on the command line."""
+    from peftctl import base as bases
+    from peftctl import methods
+    from peftctl.counting import count
+
+    if path is not None:
+        wanted = recipes.load(path, overrides)
+        resolved = bases.resolve(
+            wanted.model.name, wanted.model.revision, with_weights=False, trust_remote_code=trust_remote_code
+        )
+        config = wanted.method
+    elif base is not None and method is not None:
+        resolved = bases.resolve(base, with_weights=False, trust_remote_code=trust_remote_code)
+        config = recipes.method_block(method, overrides)
+    else:
+        raise InputError("count-params: give a RECIPE, or --base and --method")
+    counts = count(resolved, methods.get(config.name), config, trust_remote_code=trust_remote_code)
+    return counts.document(by_module)
+
+
+def merge(
+    adapter: str,
+    output: Path,
+    base: str | None,
+    dtype: str | None,
+    verify: bool,
+    trust_remote_code: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    from peftctl.merging import merge as run
+
+    with _bar("merging", quiet) as progress:
+        return run(
+            adapter,
+            output,
+            base=base,
+            dtype=dtype,
+            verify=verify,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+
+
+def opened(path: str, base: str | None, device: str, trust_remote_code: bool) -> Opened:
+    """The policy that a path means, loaded."""
+    from peftctl import opened as places
+
+    found = places.find(path, base, trust_remote_code=trust_remote_code)
+    return places.open(found, device=device, trust_remote_code=trust_remote_code)
+
+
+def generate(
+    opened: Opened, prompt: str, system: str | None, raw: bool, sampling: Mapping[str, Any], stream: bool
+) -> dict[str, Any]:
+    """Answer a prompt; with `stream` the text goes to stdout as it comes."""
+    from peftctl.generation import generate as run
+    from peftctl.row import Message
+
+    chat = opened.chat
+    messages = [*([Message("system", system)] if system else []), Message("user", prompt)]
+    plain = raw or chat.template is None
+    ids = chat.prompt(prompt) if plain else chat.render_prompt(messages)
+    printer = _Printer(chat.decode) if stream else None
+    new = run(opened.policy, ids, end=chat.eos_ids, on_token=printer or (lambda token: None), **sampling)
+    if printer is not None:
+        print(flush=True)
+    return {"prompt": prompt, "text": chat.decode(new), "tokens": len(new), "prompt_tokens": len(ids)}
+
+
+class _Printer:
+    """Prints a growing answer: what decoding more tokens adds, held back while a character is still incomplete."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self.decode = decode
+        self.ids: list[int] = []
+        self.printed = 0
+
+    def __call__(self, token: int) -> None:
+        self.ids.append(token)
+        text = self.decode(self.ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[self.printed :], end="", flush=True)
+            self.printed = len(text)
+
+
+def methods() -> list[dict[str, Any]]:
+    from peftctl import methods as package
+
+    return [_entry(package.get(name)) for name in package.names()]
+
+
+def objectives() -> list[dict[str, Any]]:
+    from peftctl import objectives as package
+
+    return [_entry(package.get(name)) | {"data": sorted(package.get(name).kinds)} for name in package.names()]
+
+
+def _entry(found: Any) -> dict[str, Any]:
+    return {"name": found.name, "summary": found.summary, "paper": found.paper}
+
+
+def init(path: Path) -> str:
+    """A starter recipe. Refuses to replace a file."""
+    if path.exists():
+        raise InputError(f"{path} exists already: name another file")
+    path.write_text(recipes.starter(), "utf-8")
+    return f"wrote {path}; next: peftctl train {path}"
+
+
+def described(result: Mapping[str, Any]) -> str:
+    """A result as lines to read."""
+    width = max(map(len, result))
+    return "\n".join(f"{name:<{width}}  {_readable(value)}" for name, value in result.items() if value is not None)
+
+
+def table(entries: Sequence[Mapping[str, Any]]) -> str:
+    width = max(len(entry["name"]) for entry in entries)
+    return "\n".join(f"{entry['name']:<{width}}  {entry['summary']}  ({entry['paper']})" for entry in entries)
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float | dict | list):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return "".join(f"\n  {name}  {_readable(inner)}" for name, inner in value.items())
+    return "".join(f"\n  {inner}" for inner in value) or "none"
+
+
+@contextmanager
+def _bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, silence in a pipe."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,83 @@
+"""Merging an adapter into its base, and proving the result: the merged model must answer as base and adapter do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftctl import base as bases
+from peftctl import merge as streaming
+from peftctl import model as models
+from peftctl.data.chat import Chat
+from peftctl.errors import InputError, PeftctlError
+from peftctl.methods.attachment import Attachment
+from peftctl.opened import Found, find
+from peftctl.opened import open as load
+from peftctl.run_folder import peak_memory_bytes
+from peftctl.surgery import device_of
+
+SMALL = 2_000_000_000  # parameters up to which the proof computes in fp32
+BROKEN = 0.1  # of the largest logit: rounding stays far below
+
+
+def merge(
+    adapter: str,
+    output: Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Write base with adapter folded in as a model folder. Raises Unfoldable, InputError, PeftctlError."""
+    begun = time.perf_counter()
+    found = find(adapter, base, trust_remote_code=trust_remote_code)
+    if found.adapter is None or found.base.weights is None:
+        raise InputError(f"{adapter} is a model, not an adapter: there is nothing to merge")
+    model = models.empty(found.base, trust_remote_code=trust_remote_code)
+    streaming.merge(found.base.weights, model, deltas(found, model), output, dtype=dtype, progress=progress)
+    Chat(found.tokenizer).save(output)
+    difference = _difference(found, output, trust_remote_code) if verify else None
+    return {
+        "output": str(output),
+        "seconds": time.perf_counter() - begun,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "max_logit_difference": difference,
+    }
+
+
+def deltas(found: Found, model: Any) -> Attachment:
+    """The adapter's deltas with their values, beside a model without weights."""
+    assert found.adapter is not None
+    attachment = found.adapter.method.attach(model, found.adapter.config)
+    if any(parameter.is_meta for parameter in attachment.parameters()):
+        attachment.to_empty(device="cpu")
+    attachment.load(found.adapter.tensors, str(found.adapter.folder))
+    return attachment
+
+
+def _difference(found: Found, output: Path, trust_remote_code: bool) -> float:
+    """Largest difference between the logits of base + adapter and of the merged files, read back."""
+    dtype = "float32" if found.skeleton.parameters() <= SMALL else "auto"
+    expected = _logits(found, dtype, trust_remote_code)
+    merged = Found(bases.resolve(str(output)), found.skeleton, None, found.tokenizer)
+    difference = float((_logits(merged, dtype, trust_remote_code) - expected).abs().max())
+    if not difference <= BROKEN * float(expected.abs().max()):
+        raise PeftctlError(f"{output} does not answer as base and adapter do: its logits differ by {difference:.2g}")
+    return difference
+
+
+@torch.no_grad()
+def _logits(found: Found, dtype: str, trust_remote_code: bool) -> Tensor:
+    policy = load(found, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code).policy
+    generator = torch.Generator().manual_seed(0)
+    high = found.skeleton.dimensions.vocabulary
+    ids = torch.randint(0, high, (2, 24), generator=generator)
+    logits: Tensor = policy.model(input_ids=ids.to(device_of(policy.model))).logits.float()  # type: ignore[operator]
+    return logits

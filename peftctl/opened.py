@@ -1,0 +1,100 @@
+"""Opening what a command is pointed at: a model, an adapter or a run becomes a policy with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peftctl import base as bases
+from peftctl import model as models
+from peftctl.data.chat import Chat
+from peftctl.errors import FormatError, ModelError
+
+if TYPE_CHECKING:
+    from peftctl.formats.peft import Adapter
+    from peftctl.methods.attachment import Attachment
+    from peftctl.policy import Layout, Policy
+    from peftctl.skeleton import Skeleton
+
+
+class Found(NamedTuple):
+    """What lies at a path, before anything is loaded. `adapter` is None for a plain model."""
+
+    base: bases.Base
+    skeleton: Skeleton
+    adapter: Adapter | None
+    tokenizer: Path
+
+
+class Opened(NamedTuple):
+    found: Found
+    policy: Policy
+    chat: Chat
+
+
+def find(path: str, base: str | None = None, *, trust_remote_code: bool = False) -> Found:
+    """What lies at a path: a run (its adapter), an adapter, or a model. `base` replaces the base that it names."""
+    from peftctl.formats import peft
+
+    folder = adapter_folder(path)
+    if folder is None:
+        resolved = bases.resolve(path, trust_remote_code=trust_remote_code)
+        skeleton = models.skeleton(resolved, trust_remote_code=trust_remote_code)
+        return Found(resolved, skeleton, None, _tokenizer(resolved.tokenizer, path))
+    name, revision = peft.base_of(folder)
+    if base is None and name is None:
+        raise FormatError(f"{folder} does not say what its base is: name it with --base")
+    resolved = bases.resolve(base or str(name), None if base else revision, trust_remote_code=trust_remote_code)
+    skeleton = models.skeleton(resolved, trust_remote_code=trust_remote_code)
+    own = folder if (folder / "tokenizer.json").is_file() else resolved.tokenizer
+    return Found(resolved, skeleton, peft.read(folder, skeleton), _tokenizer(own, path))
+
+
+def open(
+    found: Found, *, device: str = "auto", dtype: str = "auto", seed: int = 0, trust_remote_code: bool = False
+) -> Opened:
+    """Load what was found, as a policy in eval mode."""
+    from peftctl.adapter import attach
+
+    device = models.device(device)
+    model = models.load(found.base, dtype, device, seed, trust_remote_code=trust_remote_code)
+    attachment = None
+    if found.adapter is not None:
+        attachment = attach(model, found.adapter.method, found.adapter.config, seed)
+        attachment.load(found.adapter.tensors, str(found.adapter.folder))
+    policy = policy_of(model, attachment, found.skeleton.dimensions.layers)
+    return Opened(found, policy.eval(), Chat(found.tokenizer))
+
+
+def policy_of(
+    model: Any, attachment: Attachment | None, layers: int, layout: str = "auto", fixed: Layout | None = None
+) -> Policy:
+    """The policy over a model and its deltas. The layout is chosen on the bare base, unless one is `fixed`."""
+    from peftctl.head import head_of
+    from peftctl.layout import choose
+    from peftctl.methods.attachment import Attachment
+    from peftctl.policy import Policy
+
+    attachment = attachment if attachment is not None else Attachment()
+    with attachment.disabled():
+        return Policy(model, attachment, fixed or choose(model, layers, layout), head_of(model))
+
+
+def adapter_folder(path: str) -> Path | None:
+    """The adapter that a path means: of a run, its result; None for what is no adapter."""
+    folder = Path(path)
+    if (folder / "run.json").is_file():
+        if not (folder / "adapter").is_dir():
+            status = json.loads((folder / "run.json").read_text("utf-8")).get("status", "unfinished")
+            raise ModelError(f"{path} is a run without a result ({status}): finish it with peftctl train --resume")
+        return folder / "adapter"
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def _tokenizer(folder: Path | None, path: str) -> Path:
+    if folder is None:
+        raise ModelError(
+            f"{path} has no tokenizer.json: put the tokenizer's files beside the model, or name a tokenizer"
+        )
+    return folder

@@ -1,0 +1,113 @@
+"""Everything about a run that is known before a weight is read; making the plan refuses what can be refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from peftctl import base as bases
+from peftctl import methods, objectives
+from peftctl import model as models
+from peftctl.counting import Counts, count
+from peftctl.data.chat import Chat
+from peftctl.data.dataset import Prepared, prepare
+from peftctl.errors import InputError, ModelError
+from peftctl.recipe import Recipe, shared_folder
+from peftctl.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from peftctl.formats.peft import Adapter
+
+
+class Options(NamedTuple):
+    """What the command line adds to a recipe."""
+
+    resume: bool = False
+    resume_from: str | None = None
+    verify: bool = True
+    trust_remote_code: bool = False
+    quiet: bool = False
+
+
+class Plan(NamedTuple):
+    recipe: Recipe
+    folder: Path
+    base: bases.Base
+    skeleton: Skeleton
+    chat: Chat
+    data: Prepared
+    counts: Counts
+    start: Adapter | None  # the adapter that training continues from
+    examples: int | None  # examples after which the run ends; None where steps alone end it
+    steps: int
+    warmup_steps: int
+
+
+def plan(recipe: Recipe, options: Options) -> Plan:
+    """Check recipe, base, data and targets against each other. Raises InputError."""
+    trust = options.trust_remote_code
+    base, chat = base_and_chat(recipe, trust_remote_code=trust)
+    counts = count(base, methods.get(recipe.method.name), recipe.method, trust_remote_code=trust)
+    skeleton = models.skeleton(base, trust_remote_code=trust)
+    data = prepare(recipe, chat, objectives.get(recipe.objective.name), skeleton.dimensions.vocabulary)
+    start = _start(recipe, skeleton)
+    examples, steps = _extent(recipe, len(data.train))
+    warmup = recipe.train.warmup
+    warmup_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
+    return Plan(recipe, Path(recipe.output), base, skeleton, chat, data, counts, start, examples, steps, warmup_steps)
+
+
+def base_and_chat(
+    recipe: Recipe, *, trust_remote_code: bool = False, with_weights: bool = True
+) -> tuple[bases.Base, Chat]:
+    """The recipe's base on this machine, and its tokenizer."""
+    wanted = recipe.model
+    if wanted.shrink:
+        chat = Chat(_tokenizer(wanted.tokenizer))
+        return bases.shrink(_architecture(wanted.name), chat.vocabulary)._replace(tokenizer=chat.folder), chat
+    base = bases.resolve(
+        wanted.name, wanted.revision, wanted.tokenizer, with_weights=with_weights, trust_remote_code=trust_remote_code
+    )
+    return base, Chat(_tokenizer(base.tokenizer))
+
+
+def _tokenizer(folder: Path | str | None) -> Path | str:
+    if folder is None:
+        raise ModelError("the base has no tokenizer.json: name a tokenizer's folder as model.tokenizer")
+    return folder
+
+
+def _architecture(name: str) -> bases.Base:
+    """The architecture to shrink: what the recipe names if it is on this machine, else a small Llama. No downloads."""
+    path = Path(name)
+    if path.is_dir() or name.endswith(".json"):
+        return bases.resolve(name, with_weights=False)
+    return bases.resolve(str(shared_folder("configs") / "models" / "tiny-llama.json"))
+
+
+def _start(recipe: Recipe, skeleton: Skeleton) -> Adapter | None:
+    """The adapter of `method.init_from`, which must be of the recipe's method."""
+    if recipe.method.init_from is None:
+        return None
+    from peftctl.formats import peft
+    from peftctl.opened import adapter_folder
+
+    folder = adapter_folder(recipe.method.init_from)
+    if folder is None:
+        raise InputError(f"method.init_from: {recipe.method.init_from} is neither a run nor an adapter")
+    adapter = peft.read(folder, skeleton)
+    if adapter.method.name != recipe.method.name:
+        raise InputError(
+            f"method.init_from: {folder} holds {adapter.method.name}, the recipe asks for {recipe.method.name}"
+        )
+    return adapter
+
+
+def _extent(recipe: Recipe, rows: int) -> tuple[int | None, int]:
+    """Examples and optimizer steps until the end."""
+    settings = recipe.train
+    if settings.max_steps is not None:
+        return None, settings.max_steps
+    examples = max(1, round((settings.epochs or 1.0) * rows))
+    return examples, math.ceil(examples / (settings.batch_size * settings.gradient_accumulation))

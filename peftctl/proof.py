@@ -1,0 +1,60 @@
+"""After training, proof: the adapter moved from its start, and its file gives the answers that were in memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftctl.adapter import attach
+from peftctl.batch import build
+from peftctl.errors import TrainingError
+from peftctl.policy import Policy
+from peftctl.surgery import device_of
+
+if TYPE_CHECKING:
+    from peftctl.plan import Plan
+
+EXAMPLES = 2
+
+
+class Proof(NamedTuple):
+    moved: int  # tensors that differ from their start
+    max_difference: float  # between log-probabilities in memory and from the file
+    seconds: float
+
+
+def prove(policy: Policy, start: dict[str, Tensor], planned: Plan, written: Path) -> Proof:
+    """Raises TrainingError when nothing moved, or when the written file answers differently."""
+    begun = time.perf_counter()
+    trained = policy.attachment.trainable()
+    moved = sum(not torch.equal(tensor, start[name]) for name, tensor in trained.items())
+    if not moved:
+        raise TrainingError(
+            "training changed no parameter: the learning rate may be too small, or no label depends on the adapter"
+        )
+    difference = _difference(policy, planned, written)
+    if difference > 1e-3:
+        raise TrainingError(f"{written} does not give the trained answers: they differ by {difference:.1e}")
+    return Proof(moved, difference, time.perf_counter() - begun)
+
+
+@torch.no_grad()
+def _difference(policy: Policy, planned: Plan, written: Path) -> float:
+    """Largest difference in log-probability on a few rows between the deltas in memory and those in the file."""
+    from peftctl.formats import peft
+
+    rows = planned.data.train.rows(range(min(EXAMPLES, len(planned.data.train))))
+    batch = build(rows).to(device_of(policy.model))
+    policy.eval()
+    expected = policy.tokens(batch).logprob
+    adapter = peft.read(written, planned.skeleton)
+    policy.attachment.remove()
+    # the base was never changed, so a fresh attachment on it is a fresh base with the file's adapter
+    fresh = attach(policy.model, adapter.method, adapter.config, planned.recipe.train.seed)
+    fresh.load(adapter.tensors, str(written))
+    found = Policy(policy.model, fresh, policy.layout, policy.head).eval().tokens(batch).logprob
+    return float((found - expected).abs().max())

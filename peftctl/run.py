@@ -1,0 +1,243 @@
+"""A run: from a recipe to a folder that proves what happened. The composition root; nothing here is an algorithm."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from peftctl import base as bases
+from peftctl import checkpoint, methods, objectives, optim, signals
+from peftctl import model as models
+from peftctl.adapter import attach
+from peftctl.checkpoint import Progress, State
+from peftctl.data.batches import Batches
+from peftctl.errors import Unfoldable
+from peftctl.formats import peft
+from peftctl.kernels import attention
+from peftctl.merging import merge
+from peftctl.methods.attachment import Attachment
+from peftctl.opened import policy_of
+from peftctl.plan import Options, Plan, plan
+from peftctl.policy import Policy, Reference, frozen_copy
+from peftctl.proof import Proof, prove
+from peftctl.recipe import Recipe
+from peftctl.report import Log, display, read, tee, truncate
+from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
+from peftctl.surgery import without_dropout
+from peftctl.trainer import Event, Job, Question
+from peftctl.trainer import train as loop
+
+
+class Training(NamedTuple):
+    """What is in memory when the loop starts."""
+
+    policy: Policy
+    attachment: Attachment
+    start: dict[str, torch.Tensor]  # what was trained from; the proof compares with it
+    reference: Reference | None
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+
+
+def train(recipe: Recipe, options: Options) -> dict[str, Any]:
+    """Train a recipe and answer what came out. Raises InputError before any time is spent, TrainingError, Stopped."""
+    begun = time.perf_counter()
+    planned = plan(recipe, options)
+    folder = RunFolder(planned.folder)
+    if options.resume and folder.finished():
+        return folder.result()
+    with folder.locked(), signals.caught() as stop, display(planned.steps, options.quiet) as shown:
+        shown.notice(f"training {planned.counts.trainable:,} parameters ({planned.counts.summary})")
+        state = folder.open(planned, options, shown.notice)
+        random_base = planned.base.weights is None
+        planned = _with_weights(planned, folder)
+        training = _load(planned, folder, state, options)
+        folder.record(planned, training.policy.layout, _choices(training), random_base)
+        log = folder.path / "metrics.jsonl"
+        truncate(log, training.progress.step)
+        with Log(log) as lines:
+            progress = loop(_job(planned, folder, training, tee(lines, shown), stop), training.progress)
+        written = _write(planned, folder, training)
+        proof = prove(training.policy, training.start, planned, written) if options.verify else None
+        merged = _merged(folder, written, shown.notice) if random_base else None
+    events = {event["event"]: event for event in read(log)}  # the last of each kind
+    return folder.finish(_result(folder, written, progress, events, proof, merged, time.perf_counter() - begun))
+
+
+def _with_weights(planned: Plan, folder: RunFolder) -> Plan:
+    """A bare architecture gets its random weights, kept in the run's folder: the adapter must find them again."""
+    if planned.base.weights is not None:
+        return planned
+    target = folder.path / "base"
+    if not target.is_dir():
+        model = models.load(planned.base, "auto", "cpu", planned.recipe.train.seed)
+        with written_aside(target) as temporary:
+            model.save_pretrained(temporary)
+            planned.chat.save(temporary)
+    return planned._replace(base=bases.resolve(str(target.resolve())))
+
+
+def _choices(training: Training) -> dict[str, Any]:
+    """What was decided without being asked."""
+    parameter = next(training.policy.model.parameters())
+    return {
+        "device": str(parameter.device),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _merged(folder: RunFolder, adapter: Path, notice: Callable[[str], None]) -> dict[str, Any] | None:
+    """A smoke run proves the merge as well, where the method has one."""
+    shutil.rmtree(folder.path / "merged", ignore_errors=True)
+    try:
+        return merge(str(adapter), folder.path / "merged")
+    except Unfoldable as refusal:
+        notice(f"not merged: {refusal}")
+        return None
+
+
+def _result(
+    folder: RunFolder,
+    adapter: Path,
+    progress: Progress,
+    events: dict[str, Any],
+    proof: Proof | None,
+    merged: dict[str, Any] | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """What `train --json` prints."""
+    step, evaluation = events.get("step", {}), events.get("evaluation", {})
+    return {
+        "run": str(folder.path),
+        "adapter": str(adapter),
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "train_loss": step.get("loss"),
+        "validation_loss": evaluation.get("validation_loss"),
+        "tokens_per_s": progress.tokens / progress.seconds if progress.seconds else None,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "proof": proof._asdict() if proof is not None else None,
+        "merged": merged,
+    }
+
+
+def _load(planned: Plan, folder: RunFolder, state: State | None, options: Options) -> Training:
+    """Base, deltas, reference and optimizer, as they are at the state's step (or at 0)."""
+    recipe, settings = planned.recipe, planned.recipe.train
+    objective = objectives.get(recipe.objective.name)
+    device = models.device(settings.device)
+    trust = options.trust_remote_code
+    model = models.load(planned.base, recipe.model.dtype, device, settings.seed, trust_remote_code=trust)
+    if not objective.base_dropout:
+        without_dropout(model)
+    if settings.gradient_checkpointing:
+        checkpointed(model)
+    attachment = attach(model, methods.get(recipe.method.name), recipe.method, settings.seed)
+    if planned.start is not None:
+        attachment.load(planned.start.tensors, str(recipe.method.init_from))
+    start = frozen_copy(attachment)
+    policy = policy_of(model, attachment, planned.skeleton.dimensions.layers, recipe.model.layout, folder.layout())
+    reference = _reference(planned, policy, start, state)
+    optimizer = optim.build(
+        attachment.trainable(),
+        attachment.groups(),
+        settings.optimizer,
+        settings.learning_rate,
+        settings.betas,
+        settings.weight_decay,
+    )
+    torch.manual_seed(settings.seed)
+    progress = Progress() if state is None else _restore(attachment, optimizer, state)
+    policy.train()
+    return Training(policy, attachment, start, reference, optimizer, progress)
+
+
+def checkpointed(model: Any) -> None:
+    """Recompute blocks in the backward pass, in the same layout as they ran."""
+    contexts = functools.partial(attention.checkpoint_contexts, model)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
+def _reference(planned: Plan, policy: Policy, start: dict[str, torch.Tensor], state: State | None) -> Reference | None:
+    """The policy as it was at step 0: by the switch where that is the base, else by a frozen copy."""
+    recipe = planned.recipe
+    kind = objectives.get(recipe.objective.name).reference(recipe.objective)
+    if kind is None:
+        return None
+    identity = methods.get(recipe.method.name).traits(recipe.method).starts_as_identity
+    if kind == "base" or (identity and planned.start is None):
+        return Reference(policy, None)
+    if state is not None and state.reference is not None:
+        device = next(iter(start.values())).device
+        return Reference(policy, {name: tensor.to(device) for name, tensor in state.reference.items()})
+    return Reference(policy, start)
+
+
+def _restore(attachment: Attachment, optimizer: torch.optim.Optimizer, state: State) -> Progress:
+    attachment.load(state.adapter, "checkpoint")
+    optim.restore(optimizer, attachment.trainable(), state.optimizer, state.optimizer_facts, "checkpoint")
+    checkpoint.restore_random(state.rng)
+    return state.progress
+
+
+def _job(
+    planned: Plan,
+    folder: RunFolder,
+    training: Training,
+    emit: Callable[[Event], None],
+    stop: Callable[[], int | None],
+) -> Job:
+    recipe, settings = planned.recipe, planned.recipe.train
+    batches = Batches(
+        planned.data.train,
+        batch_size=settings.batch_size,
+        gradient_accumulation=settings.gradient_accumulation,
+        seed=settings.seed,
+        share=recipe.data.share_starts,
+        total=planned.examples,
+        validation=planned.data.validation,
+    )
+    objective = objectives.get(recipe.objective.name)
+    return Job(
+        question=Question(objective, recipe.objective, training.policy, training.reference),
+        batches=batches,
+        parameters=training.attachment.trainable(),
+        optimizer=training.optimizer,
+        lr=settings.learning_rate,
+        schedule=lambda step: optim.schedule(settings.schedule, step, planned.steps, planned.warmup_steps),
+        steps=planned.steps,
+        emit=emit,
+        save=lambda progress: _save(folder, training, progress, settings.keep),
+        stop=stop,
+        after_backward=training.attachment.after_backward,
+        max_grad_norm=settings.max_grad_norm,
+        max_seconds=None if settings.max_time is None else 60 * settings.max_time,
+        eval_every=settings.eval_every,
+        save_every=settings.save_every,
+    )
+
+
+def _save(folder: RunFolder, training: Training, progress: Progress, keep: int) -> None:
+    tensors, facts = optim.state(training.optimizer, training.attachment.trainable())
+    reference = training.reference.initial if training.reference is not None else None
+    state = State(progress, training.attachment.tensors(), tensors, facts, checkpoint.random_state(), reference)
+    checkpoint.save(folder.path, state)
+    checkpoint.rotate(folder.path, keep)
+
+
+def _write(planned: Plan, folder: RunFolder, training: Training) -> Path:
+    """The result: the adapter's folder, as other tools load it, with the tokenizer and template that were used."""
+    method, config = methods.get(planned.recipe.method.name), planned.recipe.method
+    target = folder.path / "adapter"
+    with written_aside(target) as temporary:
+        peft.write(temporary, method, config, planned.skeleton, training.attachment.tensors(), planned.base)
+        planned.chat.save(temporary)
+    return target
