@@ -1,0 +1,40 @@
+"""SIGTERM and SIGINT as a question the loop asks when it suits it; a second SIGINT leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+Stop = Callable[[], "int | None"]  # the number of the signal that asked to stop
+
+_NOTICE = b"\nfinishing the step and saving; a second Ctrl-C leaves at once\n"
+
+
+@contextmanager
+def caught() -> Iterator[Stop]:
+    """For the length of a `with`, signals are remembered instead of ending the process."""
+    asked: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in asked:
+            os._exit(128 + signal.SIGINT)
+        if number == signal.SIGINT:
+            os.write(2, _NOTICE)  # not print: a handler may run in the middle of another write
+        asked.append(number)
+
+    def stop() -> int | None:
+        return asked[0] if asked else None
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may install handlers
+        return
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
