@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ def events(upto: int, every: int = 2) -> list[dict[str, object]]:
     return found
 
 
-def write(path: Path, items: list[dict[str, object]]) -> None:
-    with report.Log(path) as log:
+def write(path: Path, items: list[dict[str, object]], step: int = 0) -> None:
+    with report.Log(path, step) as log:
         for event in items:
             log(event)
 
@@ -30,7 +31,7 @@ def test_log_keeps_floats_exactly_and_appends(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.jsonl"
     items = [{"event": "step", "step": 1, "loss": 0.1 + 0.2}, {"event": "step", "step": 2, "loss": 1e-300}]
     write(path, items[:1])
-    write(path, items[1:])
+    write(path, items[1:], step=1)
     assert report.read(path) == items
 
 
@@ -65,29 +66,37 @@ def test_truncated_and_continued_log_equals_the_uninterrupted_one(tmp_path: Path
     write(cut, events(4))
     with cut.open("ab") as file:
         file.write(tail)
-    report.truncate(cut, step)
-    last = report.read(cut)[-1]
-    assert (last["event"], last["step"]) == ("step", step), "the step's evaluation is repeated on resume"
     at = events(5).index({"event": "step", "step": step, "loss": 1 / step})
-    write(cut, events(5)[at + 1 :])
+    write(cut, events(5)[at + 1 :], step)  # the step's evaluation is repeated on resume
     assert cut.read_bytes() == whole.read_bytes()
 
 
-def test_truncate_to_the_start_and_without_a_log(tmp_path: Path) -> None:
+def test_log_starts_anew_at_step_0_and_without_a_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    report.truncate(path, 3)
-    assert not path.exists() and report.read(path) == []
-    write(path, events(3))
-    report.truncate(path, 0)
-    assert path.read_bytes() == b""
+    assert report.read(path) == []
+    write(path, events(3), step=3)
+    assert report.read(path) == events(3)
+    write(path, events(1))
+    assert report.read(path) == events(1)
 
 
 def test_log_that_cannot_be_opened_or_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError, match=r"cannot write .*file/metrics\.jsonl"):
         report.Log(tmp_path / "file" / "metrics.jsonl")
-    with report.Log(Path("/dev/full")) as log, pytest.raises(SaveError, match="No space left"):
+    path = tmp_path / "metrics.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with report.Log(path) as log:
         log({"event": "step", "step": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))  # stands for a disk that is full there
+        try:
+            with pytest.raises(SaveError, match=r"cannot write .*metrics\.jsonl: No space left"):
+                log({"event": "step", "step": 2})
+            with pytest.raises(SaveError, match=r"metrics\.jsonl: File too large"):
+                log({"event": "step", "step": 3})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert report.read(path) == [{"event": "step", "step": 1}]
 
 
 def test_piped_display_shows_some_lines_all_evaluations_and_notices() -> None:
