@@ -1,0 +1,242 @@
+"""The loop: batches, loss, backward, clip, step, event, perhaps a checkpoint. It knows no method, objective or file."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peftctl import optim
+from peftctl.batch import Batch
+from peftctl.checkpoint import Progress
+from peftctl.errors import DataError, Stopped, TrainingError
+from peftctl.objectives.base import Answers, Loss, Objective
+
+Event = dict[str, Any]
+
+
+class Batches(Protocol):
+    """Where micro-batches come from; a position is an integer, so that any step can be asked for again."""
+
+    def step(self, position: int) -> tuple[Sequence[Batch], int]:
+        """The micro-batches of the optimizer step that starts at a position, and the position after it."""
+
+    def evaluation(self) -> Iterable[Batch]:
+        """The validation set; nothing when there is none."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is minimised: an objective put to a policy."""
+
+    objective: Objective[Any]
+    config: Any
+    policy: Answers  # its modules' train and eval modes are as the caller set them
+    reference: Answers | None = None
+
+    def weights(self, batch: Batch) -> tuple[float, ...]:
+        return self.objective.weights(batch, self.config)
+
+    def loss(self, batch: Batch) -> Loss:
+        return self.objective.loss(self.policy, self.reference, batch, self.config)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the loop works with. Everything outside it (files, screens, signals) is behind the callables."""
+
+    question: Question
+    batches: Batches
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: Optimizer
+    lr: float
+    schedule: Callable[[int], float]  # step, from 1 -> multiplier of lr
+    steps: int
+    emit: Callable[[Event], None]
+    save: Callable[[Progress], None]
+    stop: Callable[[], int | None] = lambda: None  # the signal that asked to stop
+    after_backward: Callable[[int, int], None] = lambda step, total: None
+    max_grad_norm: float | None = 1.0
+    max_seconds: float | None = None
+    eval_every: int | None = None
+    save_every: int | None = None
+
+    def finished(self, progress: Progress) -> bool:
+        return progress.step >= self.steps or (self.max_seconds is not None and progress.seconds >= self.max_seconds)
+
+
+def train(job: Job, progress: Progress) -> Progress:
+    """Train to the end, from where `progress` is. Raises TrainingError, DataError, or Stopped on a signal."""
+    origin = time.perf_counter() - progress.seconds
+    if progress.step:
+        _between(job, progress, saved=True)  # a checkpoint comes before its step's evaluation
+    while not job.finished(progress):
+        begun = time.perf_counter()
+        step = progress.step + 1
+        batches, position = job.batches.step(progress.position)
+        lr = optim.scale(job.optimizer, job.lr, job.schedule(step))
+
+        job.optimizer.zero_grad(set_to_none=True)
+        loss, metrics = _backward(job.question, batches, step, _device(job.parameters))
+        job.after_backward(step, job.steps)
+        norm = _clip(job.parameters, job.max_grad_norm)
+        _require_finite(step, loss, norm, lr, batches)
+        job.optimizer.step()
+
+        now = time.perf_counter()
+        tokens = sum(batch.real_tokens for batch in batches)
+        progress = Progress(step, position, progress.tokens + tokens, now - origin)
+        event = {"event": "step", "step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
+        event |= {"tokens_per_s": tokens / (now - begun), "seconds": now - begun}
+        job.emit(event | metrics | event)  # a metric of one of these names does not replace it
+        _between(job, progress)
+    return progress
+
+
+def _between(job: Job, progress: Progress, saved: bool = False) -> None:
+    """What is due after a step: a checkpoint, then an evaluation, then leaving if that was asked for."""
+    last = job.finished(progress)
+    if not saved and (last or _due(progress.step, job.save_every)):
+        job.save(progress)
+        saved = True
+    if last or _due(progress.step, job.eval_every):
+        _validate(job, progress.step)
+    number = job.stop()
+    if number is not None:
+        if not saved:
+            job.save(progress)
+        raise Stopped(f"stopped after step {progress.step} of {job.steps}; --resume goes on from there", number)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _validate(job: Job, step: int) -> None:
+    begun = time.perf_counter()
+    found = evaluate(job.question, job.batches.evaluation(), _device(job.parameters), job.stop)
+    if found is not None:
+        named = {f"validation_{name}": value for name, value in found.items()}
+        job.emit({"event": "evaluation", "step": step, **named, "seconds": time.perf_counter() - begun})
+
+
+def evaluate(
+    question: Question,
+    batches: Iterable[Batch],
+    device: torch.device | str,
+    stop: Callable[[], int | None] = lambda: None,
+) -> dict[str, float] | None:
+    """Loss and metrics over some batches, weighted as in training; None without batches, or when asked to stop.
+
+    Dropout is off meanwhile. `tokens` counts the real tokens.
+    """
+    losses, totals, tokens = [], [], 0
+    with _evaluating(question.policy), torch.no_grad():
+        for batch in batches:
+            if stop() is not None:
+                return None
+            weights = question.weights(batch)
+            tokens += batch.real_tokens
+            if any(weights):
+                losses.append(question.loss(batch.to(device)))
+                totals.append(weights)
+    if not tokens:
+        return None
+    if not losses:
+        raise DataError("no token of the validation rows is a label, so they have no loss; see data.validation")
+    own = {"loss": _total(losses, _sums(totals)), "tokens": tokens}
+    return own | _average(losses) | own
+
+
+def _backward(
+    question: Question, batches: Sequence[Batch], step: int, device: torch.device
+) -> tuple[float, dict[str, float]]:
+    """Gradients of one optimizer step, each term divided once by its weight over all micro-batches."""
+    weights = [question.weights(batch) for batch in batches]
+    totals = _sums(weights)
+    if not any(totals):
+        raise DataError(f"step {step}: none of its examples ({_examples(batches)}) has a label to learn from")
+    losses = []
+    for batch, own in zip(batches, weights, strict=True):
+        if not any(own):
+            continue  # nothing to learn here, and perhaps nothing to compute
+        loss = question.loss(batch.to(device))
+        shares = [t.coefficient * t.sum / total for t, total in zip(loss.terms, totals, strict=True) if total]
+        torch.stack(shares).sum().backward()  # type: ignore[no-untyped-call]
+        losses.append(_detached(loss))
+    return _total(losses, totals), _average(losses)  # read at the end, for to read a number makes a GPU wait
+
+
+def _sums(weights: Sequence[tuple[float, ...]]) -> list[float]:
+    """Per term, its weight over all micro-batches."""
+    return [sum(column) for column in zip(*weights, strict=True)]
+
+
+def _detached(loss: Loss) -> Loss:
+    terms = tuple(term._replace(sum=term.sum.detach()) for term in loss.terms)
+    return Loss(terms, {name: (s.detach(), n.detach()) for name, (s, n) in loss.metrics.items()})
+
+
+def _total(losses: Sequence[Loss], totals: Sequence[float]) -> float:
+    """The loss over micro-batches: each term's sum by its total weight; a term that weighs nothing is left out."""
+    value = 0.0
+    for terms, total in zip(zip(*(loss.terms for loss in losses), strict=True), totals, strict=True):
+        value += terms[0].coefficient * sum(float(term.sum) for term in terms) / total if total else 0.0
+    return value
+
+
+def _average(losses: Sequence[Loss]) -> dict[str, float]:
+    """Metrics over micro-batches, by (sum, count); one that counted nothing is left out."""
+    names = dict.fromkeys(name for loss in losses for name in loss.metrics)
+    found = {}
+    for name in names:
+        pairs = [loss.metrics[name] for loss in losses if name in loss.metrics]
+        count = sum(float(n) for _, n in pairs)
+        if count:
+            found[name] = sum(float(s) for s, _ in pairs) / count
+    return found
+
+
+def _clip(parameters: Mapping[str, nn.Parameter], largest: float | None) -> float:
+    """Norm of all gradients, which are scaled down to `largest` where there is one."""
+    tensors = list(parameters.values())
+    return float(nn.utils.clip_grad_norm_(tensors, math.inf if largest is None else largest))
+
+
+def _require_finite(step: int, loss: float, norm: float, lr: float, batches: Sequence[Batch]) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise TrainingError(
+        f"step {step}: the loss is {loss}, the gradient norm {norm} (lr {lr:.3g}, examples {_examples(batches)}); "
+        "stopped before the update, so earlier checkpoints are sound: lower train.learning_rate or look at these rows"
+    )
+
+
+def _examples(batches: Sequence[Batch]) -> str:
+    found = list(dict.fromkeys(example for batch in batches for example in batch.examples))
+    return ", ".join(map(str, found[:16])) + (f" and {len(found) - 16} more" if len(found) > 16 else "")
+
+
+def _device(parameters: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(parameters.values())).device
+
+
+@contextmanager
+def _evaluating(policy: Answers) -> Iterator[None]:
+    """Every module in eval mode; afterwards each one in its own mode again, for they need not be of one mind."""
+    modules = list(policy.modules()) if isinstance(policy, nn.Module) else []
+    before = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
