@@ -21,6 +21,7 @@ class Delta(nn.Module):
     """A trainable change at one place. Tensors and parameters are its own; it never holds a module of the base."""
 
     enabled = True
+    reenters = False  # the answer of `forward` is a new input, on which the module runs once more (its output counts)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is saved, by a name relative to the delta."""
@@ -86,8 +87,7 @@ class Attachment(nn.Module):
 
     def named_deltas(self) -> Iterator[tuple[str, Delta]]:
         """Each delta with the prefix of its saved names; a shared one has none."""
-        for path, delta in zip(self.paths, self.deltas, strict=True):
-            yield path, delta  # type: ignore[misc]
+        yield from zip(self.paths, self.deltas, strict=True)
         if self.shared is not None:
             yield "", self.shared
 
@@ -168,7 +168,8 @@ class Attachment(nn.Module):
 
     def _capturing(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._captured[str(index)] = _first_input(args, kwargs)
+            if self.deltas[index].enabled:
+                self._captured[str(index)] = _first_input(args, kwargs)
 
         return hook
 
@@ -180,6 +181,8 @@ class Attachment(nn.Module):
             if not delta.enabled:
                 return output
             x = self._captured.pop(captured) if captured is not None else _first_input(args, kwargs)
+            if delta.reenters:
+                return module.forward(delta(x, output))  # past the hooks, so that this one is not called again
             # a decoder block may answer with a tuple whose first item is the hidden state
             if isinstance(output, tuple):
                 return (delta(x, output[0]), *output[1:])

@@ -1,0 +1,57 @@
+"""BitFit: nothing but the biases, as differences from the base's. https://arxiv.org/abs/2106.10199"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from peftctl.methods.base import Counted, Method, MethodConfig, Traits
+from peftctl.skeleton import Skeleton, layer_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftctl.methods.attachment import Attachment
+
+
+class BitfitConfig(MethodConfig):
+    biases: Literal["all", "query+mlp"] = Field(
+        "all", description="all, or the paper's half: those of the query and of the MLP's middle"
+    )
+    add_missing: bool = Field(
+        False, description="give linear layers without a bias one; such a change cannot be merged"
+    )
+
+
+def _traits(config: BitfitConfig) -> Traits:
+    return Traits(foldable=not config.add_missing)
+
+
+def _count(skeleton: Skeleton, config: BitfitConfig) -> Counted:
+    from peftctl.methods.bitfit.places import places, width
+
+    modules = places(skeleton, config.biases, config.add_missing)
+    layers = {layer_of(m.path) for m in modules} - {None}
+    missing = sum("bias" not in m.shapes for m in modules)
+    return Counted(
+        {m.path: width(m) for m in modules},
+        f"{len(modules)} biases ({missing} of them added) in {len(layers)} of {skeleton.dimensions.layers} layers",
+    )
+
+
+def _attach(model: nn.Module, config: BitfitConfig) -> Attachment:
+    from peftctl.methods.bitfit.delta import attach
+
+    return attach(model, config)
+
+
+METHOD = Method(
+    name="bitfit",
+    summary="the biases alone",
+    paper="https://arxiv.org/abs/2106.10199",
+    config=BitfitConfig,
+    traits=_traits,
+    count=_count,
+    attach=_attach,
+)

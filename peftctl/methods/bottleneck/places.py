@@ -1,0 +1,68 @@
+"""Where bottlenecks sit: where adapter-hub's `double_seq_bn`, `seq_bn` and `par_bn` compute the same."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, NoReturn
+
+from peftctl.errors import TargetError
+from peftctl.methods._blocks import ATTENTION_OUTPUT, Block, blocks, normalises_after
+from peftctl.skeleton import Skeleton
+
+
+class Place(NamedTuple):
+    path: str
+    source: str | None = None  # whose first input the bottleneck reads, where that is not its own place
+    normalised: bool = False  # the place is a norm that comes after the residual: see delta.Renormalised
+
+
+def places(skeleton: Skeleton, preset: str) -> list[Place]:
+    """The places of a preset, block by block. Raises TargetError where an architecture has none."""
+    found = blocks(skeleton)
+    after = normalises_after(skeleton)
+    return [place for block in found for place in _in_block(skeleton, block, preset, after)]
+
+
+def _in_block(skeleton: Skeleton, block: Block, preset: str, after: bool) -> list[Place]:
+    if preset == "houlsby":
+        return [Place(_attention_output(skeleton, block)), Place(_mlp_output(skeleton, block))]
+    if preset == "parallel":
+        return [Place(_mlp_output(skeleton, block), source=_mlp_source(skeleton, block, after))]
+    if not after:
+        return [Place(block.path)]
+    if not block.norms:
+        _refuse(skeleton, block, "norm after its MLP")
+    return [Place(block.norms[-1].path, normalised=True)]
+
+
+def _attention_output(skeleton: Skeleton, block: Block) -> str:
+    found = [m for m in block.named(ATTENTION_OUTPUT) if m.out_features == skeleton.dimensions.hidden]
+    if len(found) != 1:
+        _refuse(skeleton, block, "single output projection of its attention")
+    return found[0].path
+
+
+def _mlp_output(skeleton: Skeleton, block: Block) -> str:
+    found = [m for m in block.mlp if m.out_features == skeleton.dimensions.hidden]
+    if len(found) > 1:  # an MLP as wide as the hidden state: its output is what is defined last
+        found = found[-1:] if len(block.mlp) <= 3 else found
+    if len(found) != 1:
+        _refuse(skeleton, block, "single output projection of its MLP")
+    return found[0].path
+
+
+def _mlp_source(skeleton: Skeleton, block: Block, after: bool) -> str:
+    """The module whose input is the residual stream as it stands before the MLP."""
+    if after:  # the residual was normalised before, so the MLP reads it as it is
+        return next(m.path for m in block.mlp if m.in_features == skeleton.dimensions.hidden)
+    named = [m for m in block.norms if "pre_feedforward" in m.path]  # Gemma 2 and 3 have four norms
+    found = named or (list(block.norms[-1:]) if len(block.norms) <= 2 else [])
+    if len(found) != 1:
+        _refuse(skeleton, block, "single norm before its MLP")
+    return found[0].path
+
+
+def _refuse(skeleton: Skeleton, block: Block, lacking: str) -> NoReturn:
+    raise TargetError(
+        f"method.preset: {skeleton.architecture} has no place for it: {block.path} has no {lacking}; "
+        "try another preset or method"
+    )
