@@ -1,0 +1,58 @@
+# Everything here needs Python >= 3.10, make and a package registry, and nothing else.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv format format-check lint types unit test test-all demo demo-data wheel clean
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+# one thread a worker: two workers of two threads on two cores only wait for each other
+SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
+WORKERS ?= 2
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Build .venv with the versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+format: venv ## Rewrite the code as the formatter wants it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+format-check: venv ## Check the format
+	$(BIN)/ruff format --check .
+
+lint: venv ## Check the code with ruff
+	$(BIN)/ruff check .
+
+types: venv ## Check the types with mypy, strictly
+	$(BIN)/mypy
+
+unit: venv ## Run the tests alone
+	$(SINGLE) $(OFFLINE) $(BIN)/pytest -n $(WORKERS)
+
+test: format-check lint types unit ## What CI runs: format, lint, types, tests
+
+test-all: test demo ## Also the slow tests on real models, the README's commands and the demo
+	$(OFFLINE) $(BIN)/pytest -n 0 -m slow
+
+demo-data: venv ## Fetch the demo's base model and dialogues into .cache
+	$(BIN)/python tests/demo/fetch.py
+
+demo: demo-data ## The whole job on a real model: count, train, evaluate, merge, generate
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(OFFLINE) tests/demo/demo.sh
+
+wheel: venv ## Build the wheel into dist
+	$(BIN)/python -m build --wheel
+
+clean: ## Remove what the other targets made, but the downloads and the runs
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
