@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 from peftctl.errors import TargetError
 from peftctl.methods._blocks import KEY, Block, blocks
 from peftctl.methods.base import Counted, Exchange, Method, MethodConfig, Traits
-from peftctl.skeleton import Skeleton
+from peftctl.skeleton import Dimensions, Skeleton
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +32,7 @@ class PrefixConfig(MethodConfig):
 
 def shapes(skeleton: Skeleton, config: PrefixConfig) -> dict[str, tuple[int, ...]]:
     """The trained tensors. Raises TargetError where layers do not attend over keys and values of one shape."""
-    size = skeleton.dimensions
+    size = cached(skeleton)
     if not all(_attends(skeleton, block) for block in blocks(skeleton)):
         raise TargetError(
             f"method: {skeleton.architecture} does not have keys and values of one shape in every layer, "
@@ -50,6 +51,13 @@ def shapes(skeleton: Skeleton, config: PrefixConfig) -> dict[str, tuple[int, ...
     }
 
 
+def cached(skeleton: Skeleton) -> Dimensions:
+    """The dimensions with the heads that a cache holds; Falcon repeats grouped ones for each query before it caches."""
+    size = skeleton.dimensions
+    repeated = skeleton.model_type == "falcon" and size.kv_heads > 1
+    return size._replace(kv_heads=size.heads) if repeated else size
+
+
 def _attends(skeleton: Skeleton, block: Block) -> bool:
     """Whether a block makes keys of the expected width, by a projection of their own or one fused with the query's."""
     size = skeleton.dimensions
@@ -61,9 +69,7 @@ def _attends(skeleton: Skeleton, block: Block) -> bool:
 
 
 def _count(skeleton: Skeleton, config: PrefixConfig) -> Counted:
-    from math import prod
-
-    size = skeleton.dimensions
+    size = cached(skeleton)
     return Counted(
         {name: prod(shape) for name, shape in shapes(skeleton, config).items()},
         f"{config.num_virtual_tokens} virtual tokens in {size.layers} of {size.layers} layers, keys and values of "

@@ -11,7 +11,7 @@ from torch.nn import functional
 from peftctl import surgery
 from peftctl.errors import Unfoldable
 from peftctl.methods.attachment import Attachment, Delta, Virtual
-from peftctl.methods.prefix import PrefixConfig, shapes
+from peftctl.methods.prefix import PrefixConfig, cached, shapes
 from peftctl.skeleton import Dimensions
 
 
@@ -68,4 +68,4 @@ class PrefixAttachment(Attachment):
 def attach(model: nn.Module, config: PrefixConfig) -> Attachment:
     table = surgery.skeleton(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return PrefixAttachment(Prefix(shapes(table, config)), table.dimensions, dtype)
+    return PrefixAttachment(Prefix(shapes(table, config)), cached(table), dtype)

@@ -8,7 +8,7 @@ from typing import Any
 from peftctl.errors import FormatError
 from peftctl.methods._peft import task_type
 from peftctl.methods.base import Exchange
-from peftctl.methods.prefix import PrefixConfig
+from peftctl.methods.prefix import PrefixConfig, cached
 from peftctl.skeleton import Skeleton
 
 KEY = "prompt_embeddings"
@@ -19,7 +19,7 @@ def write(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     from peftctl.methods.prefix.delta import project
 
-    size = skeleton.dimensions
+    size = cached(skeleton)
     width = size.kv_heads * size.head_dim
     keys = {
         "peft_type": "PREFIX_TUNING",
@@ -44,7 +44,7 @@ def read(
     if keys.get("num_transformer_submodules") not in (None, 1):
         raise FormatError("adapter_config.json: num_transformer_submodules is not 1, which cannot be read yet")
     rows = tensors[KEY]
-    size = skeleton.dimensions
+    size = cached(skeleton)
     width = 2 * size.layers * size.kv_heads * size.head_dim
     if rows.ndim != 2 or rows.shape[1] != width:
         raise FormatError(

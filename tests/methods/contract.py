@@ -1,0 +1,180 @@
+"""What every method must keep, each promise a function of a method's config and a tiny model's name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from peftctl import methods
+from peftctl.errors import Unfoldable
+from peftctl.methods.attachment import Attachment
+from peftctl.methods.base import MethodConfig
+from peftctl.surgery import find, frozen, skeleton
+from tests.models import inputs, tiny
+
+
+def config(name: str, **keys: Any) -> MethodConfig:
+    return methods.get(name).config(name=name, **keys)
+
+
+def attached(config: MethodConfig, name: str, seed: int = 0) -> tuple[PreTrainedModel, Attachment]:
+    """A tiny model with the method on it. Raises TargetError where the method cannot serve it."""
+    model = frozen(tiny(name))
+    torch.manual_seed(seed)
+    attachment = methods.get(config.name).attach(model, config).eval()
+    attachment.install(model)
+    return model, attachment
+
+
+def forward(model: PreTrainedModel, attachment: Attachment) -> Tensor:
+    """The logits, with the virtual tokens, if any, laid in a cache before the real ones."""
+    call: dict[str, Any] = inputs(model)
+    virtual = attachment.virtual()
+    if virtual is not None:
+        ids = call["input_ids"]
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(zip(virtual.keys, virtual.values, strict=True)):
+            cache.update(k.expand(len(ids), -1, -1, -1), v.expand(len(ids), -1, -1, -1), layer)
+        mask = torch.ones(len(ids), virtual.length + ids.shape[1], dtype=torch.long)
+        # transformers 5 renamed the argument on the way
+        accepted = inspect.signature(model.base_model.forward).parameters
+        call |= {"cache" if "cache" in accepted else "past_key_values": cache, "attention_mask": mask}
+    logits: Tensor = model(**call).logits
+    return logits
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel, attachment: Attachment) -> Tensor:
+    return forward(model, attachment)
+
+
+@torch.no_grad()
+def disturb(attachment: Attachment, seed: int = 3) -> None:
+    """Move every trained number away from where it started."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in attachment.trainable().values():
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+def loss(model: PreTrainedModel, attachment: Attachment) -> Tensor:
+    logits = forward(model, attachment)
+    targets = inputs(model, seed=7)["input_ids"]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def keeps_shapes_and_counts(config: MethodConfig, name: str) -> None:
+    model, attachment = attached(config, name)
+    base = tiny(name)
+    assert answer(model, attachment).shape == base(**inputs(base)).logits.shape
+    counted = methods.get(config.name).count(skeleton(base), config)
+    assert counted.total == sum(p.numel() for p in attachment.trainable().values())
+    per_place: dict[str, int] = dict.fromkeys(counted.places, 0)
+    for key, parameter in attachment.trainable().items():
+        place = next(p for p in sorted(counted.places, key=len, reverse=True) if f"{key}.".startswith(f"{p}."))
+        per_place[place] += parameter.numel()
+    assert per_place == counted.places
+
+
+def starts_as_declared(config: MethodConfig, name: str) -> None:
+    """Step 0 is the base bit for bit where the method says so, and is not where it says not."""
+    model, attachment = attached(config, name)
+    same = torch.equal(answer(model, attachment), tiny(name)(**inputs(model)).logits)
+    assert same == methods.get(config.name).traits(config).starts_as_identity
+
+
+def is_the_base_when_disabled(config: MethodConfig, name: str) -> None:
+    model, attachment = attached(config, name)
+    disturb(attachment)
+    base = tiny(name)(**inputs(model)).logits
+    changed = answer(model, attachment)
+    assert not torch.equal(changed, base)
+    with attachment.disabled():
+        assert torch.equal(answer(model, attachment), base)
+    assert torch.equal(answer(model, attachment), changed)
+
+
+def trains_exactly_its_own(config: MethodConfig, name: str) -> None:
+    """Every one of its tensors moves within two steps, nothing of the base does, and the loss falls."""
+    model, attachment = attached(config, name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    start = {key: p.detach().clone() for key, p in attachment.trainable().items()}
+    trained = {id(p) for p in attachment.trainable().values()}
+    assert trained == {id(p) for p in attachment.parameters() if p.requires_grad}
+    assert not any(p.requires_grad for p in model.parameters())
+    optimizer = torch.optim.AdamW(attachment.trainable().values(), lr=0.02, weight_decay=0.0)
+    losses, reached = [], set()
+    for step in range(10):
+        optimizer.zero_grad()
+        value = loss(model, attachment)
+        value.backward()
+        reached |= {k for k, p in attachment.trainable().items() if p.grad is not None and bool(p.grad.any())}
+        optimizer.step()
+        losses.append(value.item())
+        if step == 1:
+            assert reached == set(start), f"no gradient reached {sorted(set(start) - reached)}"
+            moved = {key for key, p in attachment.trainable().items() if not torch.equal(p, start[key])}
+            assert moved == set(start)
+    assert losses[-1] < losses[0] - 0.02
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def saves_and_loads(config: MethodConfig, name: str) -> None:
+    model, attachment = attached(config, name)
+    disturb(attachment)
+    saved = {key: tensor.detach().clone() for key, tensor in attachment.tensors().items()}
+    assert set(attachment.trainable()) <= set(saved)
+    other, fresh = attached(config, name, seed=11)
+    fresh.load(saved)
+    assert torch.equal(answer(other, fresh), answer(model, attachment))
+
+
+def leaves_no_trace(config: MethodConfig, name: str) -> None:
+    base = tiny(name)
+    model, attachment = attached(config, name)
+    assert list(model.state_dict()) == list(base.state_dict())
+    disturb(attachment)
+    answer(model, attachment)
+    attachment.remove()
+    assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+    call = inputs(model)
+    assert torch.equal(model(**call).logits, base(**call).logits)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def folds_or_refuses(config: MethodConfig, name: str) -> None:
+    """The folded weights alone answer as the deltas did, or the refusal is one sentence."""
+    model, attachment = attached(config, name)
+    disturb(attachment)
+    if not methods.get(config.name).traits(config).foldable:
+        for _, delta in attachment.named_deltas():
+            with pytest.raises(Unfoldable) as refusal:
+                delta.fold("weight", torch.zeros(1))
+            assert "\n" not in str(refusal.value) and len(str(refusal.value).split()) > 5
+        return
+    changed = answer(model, attachment)
+    attachment.remove()
+    with torch.no_grad():
+        for path, delta, _ in attachment.places:
+            module = find(model, path)
+            for parameter in delta.folds():
+                stored = module.get_parameter(parameter)
+                folded = delta.fold(parameter, stored)
+                assert folded.dtype == torch.float32 and folded.shape == stored.shape
+                # a weight of its own: a tied one would change the other place as well
+                setattr(module, parameter, torch.nn.Parameter(folded))
+    torch.testing.assert_close(model(**inputs(model)).logits, changed, rtol=1e-5, atol=2e-5)
+
+
+CORE: tuple[Callable[[MethodConfig, str], None], ...] = (
+    starts_as_declared,
+    is_the_base_when_disabled,
+    saves_and_loads,
+    folds_or_refuses,
+)
+FULL = (*CORE, keeps_shapes_and_counts, trains_exactly_its_own, leaves_no_trace)
