@@ -325,6 +325,46 @@ def test_rotation_keeps_the_newest_and_rewinding_drops_what_comes_after(tmp_path
     assert names() == ["step-000003"]
 
 
+def test_checkpoint_half_removed_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, state(step))
+
+    def interrupted(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            (folder / "adapter.safetensors").unlink()
+            fail()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(SaveError, match=r"cannot remove .*step-000002: Input/output error"):
+            checkpoint.rewind(tmp_path, 1)
+    notices: list[str] = []
+    assert checkpoint.newest(tmp_path, notices.append) == checkpoint.folder(tmp_path, 1) and not notices
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file, the manifest after them, their folder; then the name; then the folder that holds the name."""
+    order: list[str] = []
+    fsync, rename = os.fsync, os.replace
+    parent = tmp_path / "checkpoints"
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        order.append(os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(f"{parent}/"))
+
+    def renamed(source: Path, target: Path) -> None:
+        rename(source, target)
+        order.append(f"{source.name} -> {target.name}")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    checkpoint.save(tmp_path, state(1))
+    files = ["adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"]
+    aside = ".tmp-step-000001"
+    assert order == [*(f"{aside}/{name}" for name in files), aside, f"{aside} -> step-000001", str(parent)]
+
+
 def test_folder_written_over_another_replaces_it_whole(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     storage.write_folder(target, {"old": b"1", "both": b"2"})

@@ -159,14 +159,17 @@ def test_four_micro_batches_of_one_equal_one_of_four(objective: str) -> None:
         )
 
 
-def test_loss_is_each_term_by_its_own_weight() -> None:
+def test_loss_and_gradient_are_each_term_by_its_own_weight() -> None:
     batch = build(make_rows(4))
-    run = make(Shuffled(make_rows(4)), "two", steps=1)
+    run = make(Shuffled(make_rows(4), size=2, accumulate=2), "two", steps=1, max_grad_norm=None)
     found = two_terms(run.policy, None, batch, ObjectiveConfig(name="two"))
     tokens, long = two_weights(batch, ObjectiveConfig(name="two"))
-    expected = found.terms[0].sum.item() / tokens + 0.01 * found.terms[1].sum.item() / long
+    expected = found.terms[0].sum / tokens + 0.01 * found.terms[1].sum / long
+    gradients = torch.autograd.grad(expected, list(run.policy.parameters()))
     run.train()
-    assert run.events[0]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert run.events[0]["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    for parameter, gradient in zip(run.policy.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
     assert long not in (0, 4) and tokens != 4, "the weights differ, or the test shows nothing"
 
 
@@ -447,8 +450,14 @@ def test_micro_batch_without_a_label_changes_nothing(objective: str) -> None:
         def step(self, position: int) -> tuple[list[Batch], int]:
             return [build(short[:2]), *([build(unlabelled(short[2:]))] if self.extra else [])], position + 4
 
+    def asked(policy: Answers, reference: Answers | None, batch: Batch, config: Any) -> Loss:
+        assert len(batch.labels.target), "nothing to learn, nothing to compute"
+        return BOTH[objective][0].loss(policy, reference, batch, config)
+
     runs = [make(Fixed(short, extra=extra), objective, "sgd", steps=1) for extra in (False, True)]
     for run in runs:
+        question = replace(run.job.question, objective=replace(BOTH[objective][0], loss=asked))
+        run.job = replace(run.job, question=question)
         run.train()
     assert equal(values(runs[0]), values(runs[1])), "a term that weighs nothing is left out as well"
 
