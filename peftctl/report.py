@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from peftctl.errors import SaveError
-from peftctl.storage import write_file
 
 Event = Mapping[str, Any]
 Sink = Callable[[Event], None]
@@ -36,14 +35,10 @@ def tee(*sinks: Sink) -> Sink:
 
 
 class Log:
-    """metrics.jsonl: one event a line, on its way to the disk as soon as it happened.
+    """metrics.jsonl: one event a line, on its way to the disk as soon as it happened."""
 
-    `step` is where the run goes on from: what the log holds of later steps is cut off; 0 starts it anew.
-    """
-
-    def __init__(self, path: Path, step: int = 0) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        _cut(path, step)
         self._file = _opened(path)
 
     def __call__(self, event: Event) -> None:
@@ -73,6 +68,24 @@ def encode(event: Event) -> str:
 def read(path: Path) -> list[dict[str, Any]]:
     """The events of a log; nothing when there is no file. It ends where a crash damaged it."""
     return [event for _, event in _whole(path)]
+
+
+def truncate(path: Path, step: int) -> None:
+    """Cut a log back to a checkpoint's step, in place, so that in the end it equals an uninterrupted run's.
+
+    The step's own evaluation goes too: a checkpoint comes before it, and the loop repeats it on resume. At 0 nothing
+    stays.
+    """
+    size = 0
+    for line, event in _whole(path) if step else ():
+        if event.get("step", 0) > step or (event.get("step") == step and event["event"] != "step"):
+            break
+        size += len(line) + 1
+    try:
+        if path.exists():
+            os.truncate(path, size)
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error.strerror}") from error
 
 
 class Latest:
@@ -185,20 +198,6 @@ def _opened(path: Path) -> FileIO:
         return path.open("ab", buffering=0)  # unbuffered: a full disk shows at the line that does not fit
     except OSError as error:
         raise SaveError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _cut(path: Path, step: int) -> None:
-    """Cut a log back to a checkpoint's step, so that in the end it equals an uninterrupted run's.
-
-    The step's own evaluation goes too: a checkpoint comes before it, and the loop repeats it on resume.
-    """
-    kept = []
-    for line, event in _whole(path):
-        if event.get("step", 0) > step or (event.get("step") == step and event["event"] != "step"):
-            break
-        kept.append(line)
-    if path.exists():
-        write_file(path, b"".join(line + b"\n" for line in kept) if step else b"")
 
 
 def _whole(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -21,8 +21,8 @@ def events(upto: int, every: int = 2) -> list[dict[str, object]]:
     return found
 
 
-def write(path: Path, items: list[dict[str, object]], step: int = 0) -> None:
-    with report.Log(path, step) as log:
+def write(path: Path, items: list[dict[str, object]]) -> None:
+    with report.Log(path) as log:
         for event in items:
             log(event)
 
@@ -31,7 +31,7 @@ def test_log_keeps_floats_exactly_and_appends(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.jsonl"
     items = [{"event": "step", "step": 1, "loss": 0.1 + 0.2}, {"event": "step", "step": 2, "loss": 1e-300}]
     write(path, items[:1])
-    write(path, items[1:], step=1)
+    write(path, items[1:])
     assert report.read(path) == items
 
 
@@ -67,17 +67,22 @@ def test_truncated_and_continued_log_equals_the_uninterrupted_one(tmp_path: Path
     with cut.open("ab") as file:
         file.write(tail)
     at = events(5).index({"event": "step", "step": step, "loss": 1 / step})
-    write(cut, events(5)[at + 1 :], step)  # the step's evaluation is repeated on resume
+    with report.Log(cut) as log:
+        report.truncate(cut, step)  # the step's evaluation goes, and is repeated on resume; the open log stays good
+        for event in events(5)[at + 1 :]:
+            log(event)
     assert cut.read_bytes() == whole.read_bytes()
 
 
-def test_log_starts_anew_at_step_0_and_without_a_file(tmp_path: Path) -> None:
+def test_log_is_empty_at_step_0_and_need_not_be_there(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert report.read(path) == []
-    write(path, events(3), step=3)
+    report.truncate(path, 3)
+    assert report.read(path) == [] and not path.exists()
+    write(path, events(3))
+    report.truncate(path, 9)
     assert report.read(path) == events(3)
-    write(path, events(1))
-    assert report.read(path) == events(1)
+    report.truncate(path, 0)
+    assert path.read_bytes() == b""
 
 
 def test_log_that_cannot_be_opened_or_written_says_so(tmp_path: Path) -> None:

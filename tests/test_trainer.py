@@ -208,7 +208,8 @@ def attempt(folder: Path, change: Callable[[Run], None], **options: Any) -> Run:
     batches = Shuffled(make_rows(10), size=2, accumulate=2, validation=tuple(make_rows(7, seed=1)))
     run = make(batches, dropout=0.3, steps=8, eval_every=2, **options)
     progress = go_on(folder, run)
-    with report.Log(folder / "metrics.jsonl", progress.step) as log:
+    report.truncate(folder / "metrics.jsonl", progress.step)
+    with report.Log(folder / "metrics.jsonl") as log:
         save_to(folder, run, log)
         change(run)
         run.train(progress)
