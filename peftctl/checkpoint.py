@@ -1,4 +1,4 @@
-"""Checkpoints of a run, at optimizer steps only: whole, verified, without pickle, exact to the bit.
+"""Checkpoints of a run, at optimizer steps only: whole, verified, exact to the bit, of tensors and JSON alone.
 
 runs/NAME/checkpoints/step-000100/ holds adapter, optimizer, rng (and reference, where it is a frozen copy) as
 safetensors, state.json with the progress, and manifest.json, written last. torch is imported where tensors are touched.

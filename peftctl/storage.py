@@ -69,6 +69,20 @@ def write_folder(target: Path, files: Mapping[str, Content], expected: int = 0) 
     return manifest
 
 
+def publish(temporary: Path, target: Path) -> None:
+    """Give a folder that was filled aside its name, replacing what was there, once all of it is on the disk.
+
+    Raises SaveError; `target` is then as it was.
+    """
+    try:
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        _rename(temporary, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise _failed(target, error, _size(temporary)) from error
+
+
 def verify(folder: Path) -> Manifest:
     """Check that every file of a folder is as its manifest says. Raises FormatError with the file's name."""
     manifest = _read_manifest(folder / MANIFEST)
@@ -85,7 +99,9 @@ def verify(folder: Path) -> Manifest:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder so that no half of it is ever seen under its name. Raises SaveError."""
+    """Remove a folder, if it is there, so that no half of it is ever seen under its name. Raises SaveError."""
+    if not folder.exists():
+        return
     doomed = folder.with_name(f"{TEMPORARY}gone-{folder.name}")
     try:
         shutil.rmtree(doomed, ignore_errors=True)
@@ -149,7 +165,7 @@ def _sha256(path: Path) -> str:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*"))
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _failed(target: Path, error: OSError, needed: int) -> SaveError:

@@ -375,6 +375,24 @@ def test_folder_written_over_another_replaces_it_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_folder_filled_aside_is_published_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, temporary = tmp_path / "adapter", tmp_path / ".tmp-adapter"
+    for text in ("old", "new"):
+        (temporary / "nested").mkdir(parents=True)
+        (temporary / "nested" / "file").write_text(text)
+        if text == "new":
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", lambda descriptor: fail())
+                with pytest.raises(SaveError, match=r"cannot write .*adapter: Input/output error; 3 bytes needed"):
+                    storage.publish(temporary, target)
+            assert content(target) == {"nested/file": b"old"}
+        storage.publish(temporary, target)
+        assert content(tmp_path) == {"adapter/nested/file": text.encode()}
+    storage.remove(target)
+    storage.remove(target)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_writer_that_breaks_leaves_nothing_behind(tmp_path: Path) -> None:
     def broken(path: Path) -> None:
         path.write_text("half")
