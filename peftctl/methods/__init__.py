@@ -12,7 +12,8 @@ from peftctl.methods.base import Method
 
 def names() -> list[str]:
     """The names of all methods, without importing one. A folder `p_tuning` is the method `p-tuning`."""
-    return sorted(p.parent.name.replace("_", "-") for p in Path(__file__).parent.glob("[a-z]*/__init__.py"))
+    found = [p for root in __path__ for p in Path(root).glob("[a-z]*/__init__.py")]
+    return sorted(p.parent.name.replace("_", "-") for p in found)
 
 
 def get(name: str) -> Method[Any]:

@@ -12,10 +12,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from peftctl import methods
 from peftctl.errors import Unfoldable
-from peftctl.methods.attachment import Attachment, Delta
+from peftctl.methods.attachment import Attachment, Delta, Virtual
 from peftctl.methods.base import MethodConfig
 from peftctl.surgery import find, frozen, skeleton
-from tests.models import inputs, tiny
+from tests.models import ENCODERS, inputs, tiny
 
 
 def config(name: str, **keys: Any) -> MethodConfig:
@@ -31,19 +31,24 @@ def attached(config: MethodConfig, name: str, seed: int = 0) -> tuple[PreTrained
     return model, attachment
 
 
-def forward(model: PreTrainedModel, attachment: Attachment) -> Tensor:
+def primed(model: PreTrainedModel, virtual: Virtual, rows: int) -> dict[str, DynamicCache]:
+    """A cache with the virtual tokens in it, under the name that the model gives the argument."""
+    cache = DynamicCache()
+    for layer, (k, v) in enumerate(zip(virtual.keys, virtual.values, strict=True)):
+        cache.update(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1), layer)
+    # transformers 5 renamed it on the way
+    accepted = inspect.signature(model.base_model.forward).parameters
+    return {"cache" if "cache" in accepted else "past_key_values": cache}
+
+
+def forward(model: PreTrainedModel, attachment: Attachment, ids: Tensor | None = None) -> Tensor:
     """The logits, with the virtual tokens, if any, laid in a cache before the real ones."""
-    call: dict[str, Any] = inputs(model)
+    call: dict[str, Any] = inputs(model) if ids is None else {"input_ids": ids}
     virtual = attachment.virtual()
     if virtual is not None:
-        ids = call["input_ids"]
-        cache = DynamicCache()
-        for layer, (k, v) in enumerate(zip(virtual.keys, virtual.values, strict=True)):
-            cache.update(k.expand(len(ids), -1, -1, -1), v.expand(len(ids), -1, -1, -1), layer)
-        mask = torch.ones(len(ids), virtual.length + ids.shape[1], dtype=torch.long)
-        # transformers 5 renamed the argument on the way
-        accepted = inspect.signature(model.base_model.forward).parameters
-        call |= {"cache" if "cache" in accepted else "past_key_values": cache, "attention_mask": mask}
+        rows, length = call["input_ids"].shape
+        call["attention_mask"] = torch.ones(rows, virtual.length + length, dtype=torch.long)
+        call |= primed(model, virtual, rows)
     logits: Tensor = model(**call).logits
     return logits
 
@@ -178,10 +183,32 @@ def folds_or_refuses(config: MethodConfig, name: str) -> None:
     torch.testing.assert_close(model(**inputs(model)).logits, changed, rtol=1e-5, atol=2e-5)
 
 
+@torch.no_grad()
+def generates_what_the_full_context_says(config: MethodConfig, name: str) -> None:
+    """transformers' own greedy decoding, with and without its cache, gives the tokens of a loop over whole rows."""
+    if name in ENCODERS:
+        return  # an encoder generates nothing
+    model, attachment = attached(config, name)
+    disturb(attachment)
+    model.generation_config.eos_token_id = None
+    prompt, new = inputs(model, rows=1)["input_ids"], 6
+    ids = prompt
+    for _ in range(new):
+        ids = torch.cat([ids, forward(model, attachment, ids)[:, -1:].argmax(-1)], dim=1)
+    virtual = attachment.virtual()
+    # stand-ins for what the cache already holds, so that positions and mask count it
+    held = 0 if virtual is None else virtual.length
+    start = torch.cat([prompt.new_zeros(1, held), prompt], dim=1)
+    for cached in (True,) if virtual is not None else (True, False):
+        extra = {"use_cache": cached} if virtual is None else primed(model, virtual, 1)
+        call = {"attention_mask": torch.ones_like(start), "max_new_tokens": new, "do_sample": False, **extra}
+        assert torch.equal(model.generate(start, **call)[:, held:], ids)
+
+
 CORE: tuple[Callable[[MethodConfig, str], None], ...] = (
     starts_as_declared,
     is_the_base_when_disabled,
     saves_and_loads,
     folds_or_refuses,
 )
-FULL = (*CORE, keeps_shapes_and_counts, trains_exactly_its_own, leaves_no_trace)
+FULL = (*CORE, keeps_shapes_and_counts, trains_exactly_its_own, leaves_no_trace, generates_what_the_full_context_says)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -63,9 +66,60 @@ def test_serves_or_refuses_every_architecture_by_name(method: str) -> None:
         assert table.architecture in str(counting.value) and "\n" not in str(counting.value)
 
 
+TOY = '''
+"""A toy: a trained gain on the last norm."""
+from peftctl.methods.base import Counted, Method, MethodConfig, Traits
+
+def _attach(model, config):
+    import torch
+    from peftctl.methods.attachment import Attachment, Delta, Injected
+
+    class Gain(Delta):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.zeros(32))
+        def forward(self, x, y):
+            return y + y * self.gain
+        def folds(self):
+            return ("weight",)
+        def fold(self, name, weight):
+            return weight.float() * (1 + self.gain)
+    return Attachment([Injected("model.norm", Gain())])
+
+METHOD = Method(
+    name="toy-gain", summary="a toy", paper="https://arxiv.org/abs/0000.00000", config=MethodConfig,
+    traits=lambda config: Traits(), count=lambda table, config: Counted({"model.norm": 32}, "one"), attach=_attach,
+)
+'''
+
+
+def test_a_folder_is_all_that_a_new_method_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "toy_gain"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(TOY)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    assert "toy-gain" in methods.names()
+    for check in contract.FULL:
+        check(contract.config("toy-gain"), "llama")
+
+
 @pytest.mark.parametrize("method", methods.names())
 def test_says_what_it_is(method: str) -> None:
     found = methods.get(method)
     assert found.name == method
     assert found.summary and "\n" not in found.summary and len(found.summary) < 80
     assert found.paper.startswith("https://arxiv.org/abs/")
+
+
+def test_declarations_and_counts_need_no_torch() -> None:
+    code = (
+        "import sys; from peftctl import methods; from tests.methods.tables import LLAMA\n"
+        "for name in methods.names():\n"
+        "    method = methods.get(name)\n"
+        "    config = method.config(name=name)\n"
+        "    method.traits(config), method.exchange and method.exchange()\n"
+        "    try: method.count(LLAMA, config)\n"
+        "    except Exception as error: assert type(error).__name__ == 'TargetError', error\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
