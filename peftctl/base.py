@@ -153,22 +153,22 @@ def shrink(base: Base, vocabulary: int) -> Base:
 
 SMALL_VALUES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 64),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner"), 128),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 256),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner"), 512),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("num_local_experts", "num_experts"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 2048),
-    "head_dim": 16,
-    "rotary_dim": 8,
+    "head_dim": 64,
+    "rotary_dim": 32,
 }
 
 
 def _shrunk(settings: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     small = {key: SMALL_VALUES.get(key, value) if value is not None else None for key, value in settings.items()}
     for key in ("layer_types", "mlp_layer_types"):
-        if key in small:
-            small[key] = small[key][:2]
+        if isinstance(small.get(key), list):
+            small[key] = list(small[key] or [])[:2]
     tokens = {"vocab_size": vocabulary, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     drop = ("quantization_config", "_name_or_path", "_model_name_or_path")
     return {key: value for key, value in (small | tokens | {"dtype": "float32"}).items() if key not in drop}

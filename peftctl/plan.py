@@ -13,7 +13,8 @@ from peftctl.counting import Counts, count
 from peftctl.data.chat import Chat
 from peftctl.data.dataset import Prepared, prepare
 from peftctl.errors import InputError, ModelError
-from peftctl.recipe import Recipe, shared_folder
+from peftctl.recipe import shared_folder
+from peftctl.schema import Recipe
 from peftctl.skeleton import Skeleton
 
 if TYPE_CHECKING:

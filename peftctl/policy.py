@@ -6,6 +6,7 @@ positions only.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -172,6 +173,14 @@ class Reference:
             else:
                 stack.enter_context(swapped(self.policy.attachment.trainable(), self.initial))
             yield
+
+
+def checkpointed(model: Any) -> None:
+    """Recompute blocks in the backward pass, in the same layout as they ran."""
+    contexts = functools.partial(attention.checkpoint_contexts, model)
+    # transformers renamed it on the way
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": contexts})
 
 
 def frozen_copy(attachment: Attachment) -> dict[str, Tensor]:

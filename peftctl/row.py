@@ -36,4 +36,3 @@ class Example(NamedTuple):
     completion: str = ""
     chosen: tuple[Message, ...] | str = ()
     rejected: tuple[Message, ...] | str = ()
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import time
 from collections.abc import Callable
@@ -19,14 +18,13 @@ from peftctl.checkpoint import Progress, State
 from peftctl.data.batches import Batches
 from peftctl.errors import Unfoldable
 from peftctl.formats import peft
-from peftctl.kernels import attention
 from peftctl.merging import merge
 from peftctl.methods.attachment import Attachment
 from peftctl.opened import policy_of
 from peftctl.plan import Options, Plan, plan
-from peftctl.policy import Policy, Reference, frozen_copy
+from peftctl.policy import Policy, Reference, checkpointed, frozen_copy
 from peftctl.proof import Proof, prove
-from peftctl.recipe import Recipe
+from peftctl.schema import Recipe
 from peftctl.report import Log, display, read, tee, truncate
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
 from peftctl.surgery import without_dropout
@@ -158,12 +156,6 @@ def _load(planned: Plan, folder: RunFolder, state: State | None, options: Option
     progress = Progress() if state is None else _restore(attachment, optimizer, state)
     policy.train()
     return Training(policy, attachment, start, reference, optimizer, progress)
-
-
-def checkpointed(model: Any) -> None:
-    """Recompute blocks in the backward pass, in the same layout as they ran."""
-    contexts = functools.partial(attention.checkpoint_contexts, model)
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
 
 def _reference(planned: Plan, policy: Policy, start: dict[str, torch.Tensor], state: State | None) -> Reference | None:

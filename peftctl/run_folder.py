@@ -20,7 +20,8 @@ from peftctl.checkpoint import State
 from peftctl.errors import InputError, SaveError
 from peftctl.plan import Options, Plan
 from peftctl.policy import Layout
-from peftctl.recipe import Recipe, resolved
+from peftctl.recipe import resolved
+from peftctl.schema import Recipe
 
 PACKAGES = ("peftctl", "torch", "transformers", "tokenizers", "safetensors")
 # what a resumed run may not change: the rest (rate, steps, saving) is the user's to adjust

@@ -34,17 +34,17 @@ class Rectangle(NamedTuple):
 
 @dataclass
 class Plan:
-    """Where every query and key of a batch lies; `masks` are made once for each (causal, window)."""
+    """Where every query and key of a batch lies; `masks` are made once for each (causal, window, virtual)."""
 
     rectangles: tuple[Rectangle, ...]
     inverse: Tensor  # (T,) place of each token among all rectangles' queries
-    masks: dict[tuple[bool, int | None], list[Tensor]] = field(default_factory=dict)
+    masks: dict[tuple[bool, int | None, int], list[Tensor]] = field(default_factory=dict)
 
-    def visible(self, causal: bool, window: int | None) -> list[Tensor]:
-        """Per rectangle, (G, 1, Q, K), true where a query sees a key."""
-        if (causal, window) not in self.masks:
-            self.masks[causal, window] = [_visible(r, causal, window) for r in self.rectangles]
-        return self.masks[causal, window]
+    def visible(self, causal: bool, window: int | None, virtual: int) -> list[Tensor]:
+        """Per rectangle, (G, 1, Q, virtual + K), true where a query sees a key."""
+        if (causal, window, virtual) not in self.masks:
+            self.masks[causal, window, virtual] = [_visible(r, causal, window, virtual) for r in self.rectangles]
+        return self.masks[causal, window, virtual]
 
 
 @dataclass
@@ -145,7 +145,7 @@ def _rectangle(batch: Batch, group: list[int], tokens: Sequence[Tensor], sizes: 
     return Rectangle(queries, keys, query_positions, key_positions)
 
 
-def _visible(r: Rectangle, causal: bool, window: int | None) -> Tensor:
+def _visible(r: Rectangle, causal: bool, window: int | None, virtual: int) -> Tensor:
     query, key = r.query_positions[:, :, None], r.key_positions[:, None, :]
     real = key < torch.iinfo(torch.long).max
     seen = real.expand(-1, query.shape[1], -1) & (query >= 0)
@@ -156,7 +156,13 @@ def _visible(r: Rectangle, causal: bool, window: int | None) -> Tensor:
     # a padded query sees the first key, so that its softmax is defined; its result is never read
     first = torch.zeros_like(seen)
     first[:, :, 0] = True
-    return (seen | (first & (query < 0)))[:, None]
+    seen = seen | (first & (query < 0))
+    if virtual:
+        # they stand before the first token, and fall out of a sliding window as it moves on
+        before = torch.arange(-virtual, 0, device=query.device)
+        near = (before > query - window) if window is not None else (before == before)[None, None]
+        seen = torch.cat([near.expand(len(seen), seen.shape[1], virtual), seen], dim=2)
+    return seen[:, None]
 
 
 def forest_attention(
@@ -183,9 +189,10 @@ def forest_attention(
     layer = state.calls if layer is None else layer
     state.calls += 1
     virtual = (state.keys[layer], state.values[layer]) if state.keys else None
+    length = virtual[0].shape[1] if virtual is not None else 0
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     parts = []
-    for r, mask in zip(state.plan.rectangles, state.plan.visible(causal, sliding_window), strict=True):
+    for r, mask in zip(state.plan.rectangles, state.plan.visible(causal, sliding_window, length), strict=True):
         gathered = (q[r.queries], k[r.keys], v[r.keys])
         out = _attend(*gathered, mask, virtual, scaling, dropout, softcap)  # (G, Q, H, D)
         parts.append(out.flatten(0, 1))
@@ -202,15 +209,13 @@ def _attend(
     dropout: float,
     softcap: float | None,
 ) -> Tensor:
-    """q (G, Q, H, D), k, v (G, K, H_kv, D), mask (G, 1, Q, K) -> (G, Q, H, D)."""
+    """q (G, Q, H, D), k, v (G, K, H_kv, D), mask (G, 1, Q, V + K) -> (G, Q, H, D)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if virtual is not None:
-        length = virtual[0].shape[1]
         k, v = (
             torch.cat([t.to(x.dtype).expand(len(x), -1, -1, -1), x], dim=2)
             for t, x in zip(virtual, (k, v), strict=True)
         )
-        mask = F.pad(mask, (length, 0), value=True)
     repeat = q.shape[1] // k.shape[1]
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)

@@ -1,0 +1,97 @@
+"""From pydantic's findings to plain sentences, each at the place where the value was written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from peftctl.errors import Problem, suggest
+from peftctl.located import Node
+
+MEANT = {
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "none_required": "null",
+    "finite_number": "a finite number",
+}
+BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def problems_of(cls: type[BaseModel], node: Node, key: str) -> tuple[BaseModel | None, list[Problem]]:
+    """The block as `cls` reads it, or what is wrong with it: one problem for each value."""
+    try:
+        return cls.model_validate(node.plain()), []
+    except ValidationError as error:
+        grouped: dict[tuple[Any, ...], list[Any]] = {}
+        for detail in error.errors(include_url=False):
+            grouped.setdefault(_path(detail["loc"], node), []).append(detail)
+        return None, [_problem(cls, node, key, path, details) for path, details in grouped.items()]
+
+
+def _path(loc: tuple[Any, ...], node: Node) -> tuple[Any, ...]:
+    """The keys of a location: pydantic adds the branch of a union that it tried, which no document has."""
+    path: list[Any] = []
+    for index, step in enumerate(loc):
+        value = node.value
+        there = step in value if isinstance(value, dict) else isinstance(step, int) and isinstance(value, list)
+        if there:
+            path.append(step)
+            node = value[step]
+        elif index == 0:
+            path.append(step)  # a missing key
+    return tuple(path)
+
+
+def _problem(cls: type[BaseModel], node: Node, key: str, path: tuple[Any, ...], details: list[Any]) -> Problem:
+    found = node.at(path)
+    name = ".".join([key, *map(str, path)])
+    kind = details[0]["type"]
+    if kind == "extra_forbidden":
+        near = suggest(str(path[-1]), cls.model_fields) or f"; there are {', '.join(cls.model_fields)}"
+        return (found.key or found.place).problem(f"{name} is not a key{near}")
+    if kind == "missing":
+        description = cls.model_fields[str(path[-1])].description
+        return (node.key or node.place).problem(f"{name} is missing" + (f": {description}" if description else ""))
+    if kind == "value_error":
+        return (found.key or found.place).problem(f"{name}: {details[0]['msg'].removeprefix('Value error, ')}")
+    wanted = " or ".join(dict.fromkeys(map(_wanted, details)))
+    return found.place.problem(f"{name} is {_shown(found)}; {wanted} is meant")
+
+
+def _wanted(detail: dict[str, Any]) -> str:
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind in MEANT:
+        return MEANT[kind]
+    if kind in BOUNDS:
+        limit, word = BOUNDS[kind]
+        return f"a number {word} {context[limit]}"
+    if kind == "literal_error":
+        return str(context["expected"]).replace("'", "")
+    if (kind == "too_short" and context.get("min_length") == 1) or kind == "string_too_short":
+        return "something not empty"
+    if kind in ("too_short", "too_long"):
+        return f"a list of {context.get('min_length', context.get('max_length'))}"
+    return str(detail["msg"])
+
+
+def _shown(node: Node) -> str:
+    value = node.plain()
+    text = {True: "true", False: "false", None: "null"}.get(value, None) if isinstance(value, bool | None) else None
+    text = text or repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,144 @@
+"""Adapter folders: adapter_config.json and adapter_model.safetensors as the `peft` package has them, and ours beside.
+
+Where a method exists in peft the two files are peft's, with its long-standing keys alone; elsewhere the tensors keep
+our names and `peft_type` says so. peftctl.json adds what peft has no place for: the whole method block and the base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import ValidationError
+
+from peftctl import methods
+from peftctl.base import Base
+from peftctl.errors import FormatError
+from peftctl.methods.base import Exchange, Method, MethodConfig
+from peftctl.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+OURS = "peftctl.json"
+FORMAT = 1
+OWN_TYPE = "PEFTCTL"  # peft refuses it by name, as it should
+
+
+class Adapter(NamedTuple):
+    """An adapter read from a folder; `tensors` under our names."""
+
+    folder: Path
+    method: Method[Any]
+    config: MethodConfig
+    tensors: dict[str, Tensor]
+
+
+def write(
+    folder: Path,
+    method: Method[Any],
+    config: MethodConfig,
+    skeleton: Skeleton,
+    tensors: Mapping[str, Tensor],
+    base: Base,
+) -> None:
+    """Write the three files into an existing folder. Raises OSError."""
+    from safetensors.torch import save_file
+
+    if method.exchange is None:
+        keys: dict[str, Any] = {"peft_type": OWN_TYPE, "inference_mode": True}
+        stored = dict(tensors)
+    else:
+        keys, stored = method.exchange().write(config, skeleton, tensors)
+    keys = keys | {"base_model_name_or_path": base.name, "revision": base.revision}
+    document = {
+        "format": FORMAT,
+        "method": json.loads(config.model_dump_json()),
+        "base": {"name": base.name, "revision": base.revision, "architecture": skeleton.architecture},
+    }
+    (folder / CONFIG).write_text(json.dumps(keys, indent=2, sort_keys=True) + "\n", "utf-8")
+    (folder / OURS).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    # contiguous and apart: the format stores neither strides nor shared memory
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in stored.items()}
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def base_of(folder: Path) -> tuple[str | None, str | None]:
+    """Name and revision of the base that an adapter was made for, as far as it says. Raises FormatError."""
+    keys = _json(folder / CONFIG)
+    name, revision = keys.get("base_model_name_or_path"), keys.get("revision")
+    return (name if isinstance(name, str) else None), (revision if isinstance(revision, str) else None)
+
+
+def read(folder: Path, skeleton: Skeleton) -> Adapter:
+    """An adapter of ours or of peft's, for a base of this skeleton. Raises FormatError with what is wrong."""
+    keys = _json(folder / CONFIG)
+    stored = _tensors(folder)
+    kind = keys.get("peft_type")
+    if kind is None:
+        other = "adapter-hub's, which is not read" if "config" in keys else "not an adapter's: it has no peft_type"
+        raise FormatError(f"{folder / CONFIG} is {other}")
+    if kind == OWN_TYPE:
+        block, tensors = _ours(folder)["method"], stored
+    else:
+        block, tensors = _exchange(folder, str(kind)).read(keys, skeleton, stored)
+    method = methods.get(str(block.get("name")))
+    try:
+        config = method.config.model_validate(block)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        raise FormatError(f"{folder / CONFIG}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
+    return Adapter(folder, method, config, dict(tensors))
+
+
+def _exchange(folder: Path, kind: str) -> Exchange:
+    """The reader of a peft type: whichever method claims it."""
+    known = []
+    for name in methods.names():
+        exchange = methods.get(name).exchange
+        if exchange is not None:
+            known.append(exchange())
+    found = next((exchange for exchange in known if exchange.peft_type == kind), None)
+    if found is None:
+        served = ", ".join(exchange.peft_type for exchange in known)
+        raise FormatError(f"{folder / CONFIG}: peft_type {kind} is not read; {served} are")
+    return found
+
+
+def _ours(folder: Path) -> dict[str, Any]:
+    document = _json(folder / OURS)
+    if document.get("format") != FORMAT or not isinstance(document.get("method"), dict):
+        found = document.get("format")
+        raise FormatError(f"{folder / OURS}: format {found!r} was written by another version; this one reads {FORMAT}")
+    return document | {"method": {k: v for k, v in document["method"].items() if k != "init_from"}}
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        found = "only adapter_model.bin, a pickle, which is never read" if pickled else f"no {WEIGHTS}"
+        raise FormatError(f"{folder} holds {found}: save it again as safetensors")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise FormatError(f"{path} is not an adapter's config: it holds no keys")
+    return found

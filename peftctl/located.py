@@ -1,0 +1,141 @@
+"""YAML with places: every value knows its file, line and column, and nothing but plain data is let in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from peftctl.errors import Problem, RecipeError
+
+LARGEST = 1 << 20  # bytes of a recipe
+DEEPEST = 20
+INTEGER = re.compile(r"[-+]?[0-9]+")
+FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+WORDS: dict[str, Any] = {"": None, "~": None, "null": None, "true": True, "True": True, "false": False, "False": False}
+
+
+class Place(NamedTuple):
+    file: str
+    line: int = 0  # from 1; 0 where there is none
+    column: int = 0
+
+    def problem(self, message: str) -> Problem:
+        return Problem(self.file, self.line, self.column, message)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value and where it was written. `key`: where its key was. Mappings and lists hold nodes."""
+
+    value: Any
+    place: Place
+    key: Place | None = None
+
+    def plain(self) -> Any:
+        """The value without places."""
+        if isinstance(self.value, dict):
+            return {name: node.plain() for name, node in self.value.items()}
+        if isinstance(self.value, list):
+            return [node.plain() for node in self.value]
+        return self.value
+
+    def at(self, path: tuple[Any, ...]) -> Node:
+        """The node at a path of keys, or the deepest one on the way there."""
+        node = self
+        for step in path:
+            try:
+                node = node.value[step]
+            except (KeyError, IndexError, TypeError):
+                return node
+        return node
+
+
+def read(path: Path, shown: str) -> Node:
+    """The document in a file; `shown` is how the file is named in messages. Raises RecipeError."""
+    try:
+        if path.stat().st_size > LARGEST:
+            raise RecipeError(
+                [Place(shown).problem(f"the file has over {LARGEST >> 20} MiB; a recipe has a few lines")]
+            )
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise RecipeError([Place(shown).problem(f"cannot be read: {error.strerror}")]) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError([Place(shown).problem(f"is not UTF-8 at byte {error.start}")]) from None
+    node = parse(text, shown)
+    if not isinstance(node.value, dict):
+        raise RecipeError([node.place.problem("a recipe is a mapping of keys to values, this is not")])
+    return node
+
+
+def parse(text: str, file: str) -> Node:
+    """The document in a text. Raises RecipeError at the first thing that is no plain YAML."""
+    try:
+        _screen(text, file)
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = Place(file, mark.line + 1, mark.column + 1) if mark else Place(file)
+        hint = "; indent with spaces" if "\\t" in str(error.problem) else ""
+        raise RecipeError([place.problem(f"is not YAML: {error.problem}{hint}")]) from None
+    except yaml.YAMLError as error:  # a character that YAML forbids
+        raise RecipeError([Place(file).problem(f"is not YAML: {str(error).splitlines()[0]}")]) from None
+    if root is None:
+        return Node({}, Place(file, 1, 1))
+    problems: list[Problem] = []
+    node = _node(root, file, None, problems)
+    if problems:
+        raise RecipeError(problems)
+    return node
+
+
+def _screen(text: str, file: str) -> None:
+    """Refuse aliases, anchors, tags and depth on the stream of events, before anything is built."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        place = Place(file, event.start_mark.line + 1, event.start_mark.column + 1)
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise RecipeError([place.problem("anchors and aliases (& and *) are not allowed: write the value out")])
+        if getattr(event, "tag", None):
+            raise RecipeError([place.problem(f"the tag {getattr(event, 'tag', '')} is not allowed: write a plain value")])
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise RecipeError([place.problem(f"is nested over {DEEPEST} deep")])
+
+
+def _node(raw: Any, file: str, key: Place | None, problems: list[Problem]) -> Node:
+    place = Place(file, raw.start_mark.line + 1, raw.start_mark.column + 1)
+    if isinstance(raw, yaml.ScalarNode):
+        return Node(scalar(raw.value) if raw.style is None else raw.value, place, key)
+    if isinstance(raw, yaml.SequenceNode):
+        return Node([_node(item, file, None, problems) for item in raw.value], place, key)
+    return Node(dict(_entries(raw, file, problems)), place, key)
+
+
+def _entries(raw: Any, file: str, problems: list[Problem]) -> Iterator[tuple[str, Node]]:
+    seen: dict[str, int] = {}
+    for name, value in raw.value:
+        place = Place(file, name.start_mark.line + 1, name.start_mark.column + 1)
+        if not isinstance(name, yaml.ScalarNode):
+            problems.append(place.problem("a key is a word"))
+        elif name.value in seen:
+            problems.append(place.problem(f"{name.value} stands here again; it was set in line {seen[name.value]}"))
+        else:
+            seen[name.value] = place.line
+            yield name.value, _node(value, file, place, problems)
+
+
+def scalar(text: str) -> Any:
+    """An unquoted value: null, true, false, a number (1e-4 is one), or text. Yes, no, on and off are text."""
+    if text in WORDS:
+        return WORDS[text]
+    if INTEGER.fullmatch(text):
+        return int(text)
+    if FLOAT.fullmatch(text):
+        return float(re.sub(r"\.(?=[iInN])", "", text))
+    return text

@@ -1,0 +1,71 @@
+"""The blocks of a recipe that are not a method's or an objective's: each key with its type, range and meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+
+from peftctl.methods.base import MethodConfig
+from peftctl.objectives.base import ObjectiveConfig
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Block):
+    name: str = Field(min_length=1, description="hub id, local folder, .gguf file, or a bare config.json")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub model")
+    task: str = Field("causal-lm", description="causal-lm")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as stored")
+    quantize: str | None = Field(None, description="null")
+    layout: Literal["auto", "shared", "joined", "padded"] = Field("auto", description="how batches are laid out")
+    tokenizer: str | None = Field(None, description="a tokenizer's folder, if not the model's own")
+    shrink: bool = Field(False, description="a tiny random model of the same architecture instead; for smoke runs")
+
+
+class DataConfig(Block):
+    train: str = Field(min_length=1, description="a JSONL or JSON file")
+    validation: Annotated[float, Field(gt=0, lt=1)] | str | None = Field(
+        None, description="a share to hold out, or a file"
+    )
+    max_length: int = Field(1024, ge=2, description="longest row in tokens; longer ones are bad rows")
+    format: Literal["auto", "messages", "completion", "preference"] = Field("auto", description="auto: by the columns")
+    columns: dict[str, str] | None = Field(None, description="our name of a column: the file's")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with a row that cannot be used")
+    share_starts: bool = Field(True, description="compute once what rows share at their start")
+    limit: int | None = Field(None, ge=1, description="the first rows only")
+
+
+class TrainConfig(Block):
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; 1 if max_steps is not given either")
+    max_time: float | None = Field(None, gt=0, description="minutes after which the run ends as if finished")
+    batch_size: int = Field(8, ge=1, description="examples a micro-batch")
+    gradient_accumulation: int = Field(1, ge=1, description="micro-batches an optimizer step")
+    learning_rate: float = Field(2e-4, gt=0, description="peak of the schedule")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up")
+    warmup: float = Field(0.03, ge=0, description="below 1 a fraction of the steps, from 1 on a number of steps")
+    optimizer: Literal["adamw", "sgd", "adafactor"] = Field("adamw", description="sgd's momentum is the first beta")
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    weight_decay: float = Field(0.0, ge=0, description="spares tensors of one dimension")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the adapter's start, the data's order and dropout")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; there is one at the end anyway")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; there is one at the end anyway")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute blocks in the backward pass: less memory, slower"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or mps")
+    compile: bool = Field(False, description="false")
+
+
+class Recipe(Block):
+    model: ModelConfig
+    method: SerializeAsAny[MethodConfig]
+    objective: SerializeAsAny[ObjectiveConfig]
+    data: DataConfig
+    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
+    output: str = Field(min_length=1, description="the run's folder, relative to where the command is started")
