@@ -24,9 +24,9 @@ from peftctl.opened import policy_of
 from peftctl.plan import Options, Plan, plan
 from peftctl.policy import Policy, Reference, checkpointed, frozen_copy
 from peftctl.proof import Proof, prove
-from peftctl.schema import Recipe
 from peftctl.report import Log, display, read, tee, truncate
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
+from peftctl.schema import Recipe
 from peftctl.surgery import without_dropout
 from peftctl.trainer import Event, Job, Question
 from peftctl.trainer import train as loop

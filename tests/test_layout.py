@@ -75,7 +75,9 @@ def test_label_logprobs_are_the_models_own() -> None:
 
 def test_a_layout_that_does_not_serve_is_refused_by_name() -> None:
     model = tiny("bloom")
-    with pytest.raises(ModelError, match=r"BloomForCausalLM cannot be served.*shared: attention was dispatched 0 times"):
+    with pytest.raises(
+        ModelError, match=r"BloomForCausalLM cannot be served.*shared: attention was dispatched 0 times"
+    ):
         choose(model, layers(model), "shared")
 
 
