@@ -17,12 +17,12 @@ LAYERS = [
     ["batch", "surgery"],
     ["kernels"],
     ["methods", "objectives"],
-    ["recipe"],
-    ["base", "data", "head", "policy", "layout", "storage", "formats"],
-    ["model", "adapter", "checkpoint", "generation", "merge", "optim", "report", "signals"],
+    ["located", "blame", "schema", "recipe", "storage"],
+    ["base", "data", "head", "policy", "layout", "formats"],
+    ["model", "adapter", "checkpoint", "counting", "generation", "merge", "opened", "optim", "report", "signals"],
     ["trainer"],
-    ["run"],
-    ["cli"],
+    ["plan", "run_folder", "evaluation", "proof", "merging", "run"],
+    ["commands", "cli"],
 ]
 TORCH_FREE = ["errors", "row", "skeleton", "recipe", "base", "model", "cli", "methods", "objectives", "data"]
 
@@ -102,8 +102,8 @@ def test_what_answers_at_once_imports_no_torch() -> None:
 
 
 def test_no_pickle_and_no_shell() -> None:
-    forbidden = re.compile(r"\bpickle\b(?!s)|torch\.load|torch\.save\b|shell\s*=\s*True|os\.system|yaml\.load\(|eval\(")
-    for path in PACKAGE.rglob("*.py"):
-        code = "\n".join(ast.unparse(node) for node in ast.parse(path.read_text("utf-8")).body)
-        hits = [h for h in forbidden.findall(code) if h not in ("eval(",) or re.search(r"(?<![.\w])eval\(", code)]
-        assert not hits, f"{path}: {hits}"
+    forbidden = re.compile(
+        r"import pickle|torch\.load\(|torch\.save\(|shell=True|os\.system|yaml\.load\(|(?<![.\w])(eval|exec)\("
+    )
+    for path, tree in modules().items():
+        assert not forbidden.search(ast.unparse(tree)), path
