@@ -6,11 +6,8 @@ Works on the files alone: the model is on the meta device, and only says which n
 from __future__ import annotations
 
 import json
-import mmap
-import os
 import shutil
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,28 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from peftctl.errors import FormatError, InputError, SaveError, Unfoldable
+from peftctl.formats import names
+from peftctl.formats.shards import INDEX, WIDTHS, Entry, Shard, header, shards
 from peftctl.methods.attachment import Attachment, Delta
 from peftctl.skeleton import dotted
-from peftctl.storage import TEMPORARY
+from peftctl.storage import TEMPORARY, publish
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-LARGEST_HEADER = 100 << 20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
+BLOCK = 8 << 20
 
-Folds = dict[str, list[Delta]]  # full name of a parameter -> the deltas that change it, in order
 
-
-class Entry(NamedTuple):
-    """One tensor of a safetensors file; offsets count from the end of the header."""
+class Fold(NamedTuple):
+    """One change of one parameter; `name` is the parameter's own, without the module's path."""
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
+    delta: Delta
+
+
+Folds = dict[str, list[Fold]]  # full name -> the changes, in the order of their application
 
 
 def merge(
@@ -51,63 +46,33 @@ def merge(
     *,
     dtype: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    finish: Callable[[Path], object] = lambda folder: None,
 ) -> None:
     """Write the base's files with the deltas folded in, to a folder that appears when it is whole.
 
-    `progress` gets bytes done and bytes in all. Raises Unfoldable, InputError, FormatError before anything is
-    written, SaveError.
+    `progress` gets bytes done and bytes in all; `finish` may add files to the folder before it gets its name. Raises
+    Unfoldable, InputError, FormatError, SaveError; there is no output then.
     """
-    if output.exists():
-        raise InputError(f"--output: {output} exists already; name another folder or remove it")
-    shards = [base / name for name in _shards(base)]
-    headers = {shard: _header(shard) for shard in shards}
-    folds = _by_name_on_disk(model, _folds(attachment, model), headers)
     if dtype is not None and dtype not in NAMES:
         raise InputError(f"--dtype: {dtype!r} is none of {', '.join(NAMES)}")
-    total, done = sum(shard.stat().st_size for shard in shards), 0
-    with _aside(output) as temporary:
-        for shard in shards:
-            _shard(shard, temporary / shard.name, headers[shard], folds, dtype and NAMES[dtype])
-            done += shard.stat().st_size
-            progress(done, total)
-        _companions(base, temporary, dtype)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"--output: {output} exists already; name another folder or remove it")
+    found = shards(base)
+    folds = _on_disk(model, folds_of(attachment, model), found)
+    laid_out = [_laid_out(shard, dtype and NAMES[dtype]) for shard in found]
+    total, done = sum(entries[-1].end for entries in laid_out if entries), 0
+    with _aside(output, total) as temporary:
+        for shard, entries in zip(found, laid_out, strict=True):
+            for size in _shard(shard, temporary / shard.path.name, entries, folds):
+                done += size
+                progress(done, total)
+        _companions(base, temporary, dtype, total)
+        finish(temporary)
 
 
-def _shards(base: Path) -> list[str]:
-    """File names of the base's weights; an index may name files of its own folder only."""
-    if not (base / INDEX).is_file():
-        return [SINGLE]
-    names = sorted(set(json.loads((base / INDEX).read_text("utf-8"))["weight_map"].values()))
-    outside = [name for name in names if Path(name).name != name or not (base / name).is_file()]
-    if outside:
-        raise FormatError(f"{base / INDEX} names {outside[0]!r}, which is no file of its folder")
-    return names
-
-
-def _header(path: Path) -> tuple[list[Entry], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata. Raises FormatError for a file that lies about itself."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
-        if length > min(size - 8, LARGEST_HEADER):
-            raise FormatError(f"{path}: a header of {length} bytes in a file of {size}")
-        try:
-            raw = json.loads(file.read(length))
-        except ValueError:
-            raise FormatError(f"{path}: its header is not JSON") from None
-    metadata = raw.pop("__metadata__", {})
-    entries = [Entry(n, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in raw.items()]
-    entries.sort(key=lambda entry: entry.start)
-    ends = [0, *(entry.end for entry in entries)]
-    if any(entry.start != end for entry, end in zip(entries, ends, strict=False)) or ends[-1] != size - 8 - length:
-        raise FormatError(f"{path}: its tensors overlap, leave gaps or run past the end of the file")
-    return entries, metadata
-
-
-def _folds(attachment: Attachment, model: nn.Module) -> Folds:
+def folds_of(attachment: Attachment, model: nn.Module) -> Folds:
     """Every delta under the parameters that it changes. Raises Unfoldable for one that no weight can hold."""
-    names = dict(model.named_parameters(remove_duplicate=False))
-    shared = {id(p): [n for n, q in names.items() if q is p] for p in names.values()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     found: Folds = {}
     for path, delta in attachment.named_deltas():
         if not delta.folds():
@@ -115,133 +80,136 @@ def _folds(attachment: Attachment, model: nn.Module) -> Folds:
             raise Unfoldable(f"{path or type(delta).__name__}: no plain weight can hold this change")
         for name in delta.folds():
             full = dotted(path, name)
-            if full not in names:
+            if full not in parameters:
                 delta.fold(name, torch.zeros(0))
                 raise Unfoldable(f"{full}: the base has no such parameter, so the change has nowhere to go")
-            others = [other for other in shared[id(names[full])] if other != full]
-            if others:
-                raise Unfoldable(
-                    f"{full} is tied to {', '.join(others)}, so folding would change both: "
-                    "leave it out of the targets, or serve the adapter unmerged"
-                )
-            found.setdefault(full, []).append(delta)
+            _alone(full, parameters)
+            found.setdefault(full, []).append(Fold(name, delta))
     return found
 
 
-def _by_name_on_disk(model: Any, folds: Folds, headers: dict[Path, tuple[list[Entry], dict[str, str]]]) -> Folds:
-    """The same under the names that the files use: as in the model, or without or with the base's own first part."""
-    on_disk = {entry.name: entry for entries, _ in headers.values() for entry in entries}
-    first = f"{getattr(model, 'base_model_prefix', '')}."
+def _alone(full: str, parameters: Mapping[str, nn.Parameter]) -> None:
+    others = [name for name, p in parameters.items() if p is parameters[full] and name != full]
+    if others:
+        raise Unfoldable(
+            f"{full} is tied to {', '.join(others)}, so folding would change both: "
+            "leave it out of the targets, or serve the adapter unmerged"
+        )
+
+
+def _on_disk(model: Any, folds: Folds, found: list[Shard]) -> Folds:
+    """The same under the names that the files use. Raises Unfoldable unless each parameter is one stored tensor."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    found: Folds = {}
-    lost = []
-    for full, deltas in folds.items():
-        candidates = [full, full.removeprefix(first), first + full]
-        name = next((n for n in candidates if n in on_disk and on_disk[n].shape == shapes[full]), None)
-        if name is None:
-            lost.append(full)
-        else:
-            found[name] = deltas
+    stored = {entry.name: entry for shard in found for entry in shard.entries}
+    sources: dict[str, list[str]] = {}
+    for name, place in names.parameters(model, stored).items():
+        usable = place.whole and stored[name].dtype in DTYPES and stored[name].shape == shapes.get(place.parameter)
+        sources.setdefault(place.parameter, []).append(name if usable else "")
+    lost = [full for full in folds if len(sources.get(full, [])) != 1 or not sources[full][0]]
     if lost:
         raise Unfoldable(
-            f"{', '.join(lost[:5])}{' and others' if len(lost) > 5 else ''}: stored under another name or form in the "
-            f"base's files ({type(model).__name__}), which merging does not translate yet"
+            f"{', '.join(lost[:5])}{f' and {len(lost) - 5} more' if len(lost) > 5 else ''}: not in the base's files as "
+            f"one floating-point tensor of the model's shape ({type(model).__name__}), which merging does not "
+            "translate yet; serve the adapter unmerged"
         )
-    return found
+    return {sources[full][0]: deltas for full, deltas in folds.items()}
 
 
-def _shard(
-    source: Path, target: Path, header: tuple[list[Entry], dict[str, str]], folds: Folds, dtype: str | None
-) -> None:
-    """One shard with its folds; tensors keep their order."""
-    entries, metadata = header
-    kept = [entry._replace(dtype=dtype or entry.dtype) if entry.dtype in DTYPES else entry for entry in entries]
-    with (
-        source.open("rb") as raw,
-        mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        target.open("wb") as out,
-    ):
-        if [entry.dtype for entry in kept] == [entry.dtype for entry in entries]:
-            start = len(mapped) - entries[-1].end if entries else len(mapped)
-            out.write(mapped[:start])  # the same header, to the byte
-        else:
-            start = len(mapped) - entries[-1].end
-            out.write(_encoded(kept, metadata))
-        for entry, new in zip(entries, kept, strict=True):
-            _tensor(mapped, start, entry, new.dtype, folds.get(entry.name, []), out)
-        out.flush()
-        os.fsync(out.fileno())
+def _laid_out(shard: Shard, dtype: str | None) -> list[Entry]:
+    """The tensors of the merged shard: the same, or floating-point ones in another type."""
+    entries, at = [], 0
+    for entry in shard.entries:
+        new = dtype if dtype is not None and entry.dtype in DTYPES else entry.dtype
+        size = entry.end - entry.start
+        size = size if new == entry.dtype else size // WIDTHS[entry.dtype] * WIDTHS[new]
+        entries.append(entry._replace(dtype=new, start=at, end=at + size))
+        at += size
+    return entries
 
 
-def _tensor(mapped: mmap.mmap, start: int, entry: Entry, dtype: str, deltas: list[Delta], out: BinaryIO) -> None:
-    span = memoryview(mapped)[start + entry.start : start + entry.end]
-    try:
-        if not deltas and dtype == entry.dtype:
-            out.write(span)
-            return
-        if entry.dtype not in DTYPES:
-            raise Unfoldable(f"{entry.name} is stored as {entry.dtype}, which cannot be folded into")
-        weight = torch.frombuffer(bytearray(span), dtype=DTYPES[entry.dtype]).reshape(entry.shape)
-        out.write(_bytes(_folded(entry.name, weight, deltas).to(DTYPES[dtype])))
-    finally:
-        span.release()
+def _shard(shard: Shard, target: Path, entries: list[Entry], folds: Folds) -> Iterator[int]:
+    """Write one shard, tensors in their order; yields the bytes of each."""
+    with shard.path.open("rb") as source, target.open("wb") as out:
+        same = list(shard.entries) == entries
+        out.write(source.read(shard.data) if same else header(entries, shard.metadata))
+        for old, new in zip(shard.entries, entries, strict=True):
+            source.seek(shard.data + old.start)
+            if old.start < old.end and (old.name in folds or old.dtype != new.dtype):
+                weight = torch.frombuffer(_exactly(source, old), dtype=DTYPES[old.dtype]).reshape(old.shape)
+                out.write(_bytes(_folded(new, weight, folds.get(old.name, []))))
+            else:
+                _copy(source, out, old)
+            yield new.end - new.start
+
+
+def _exactly(source: BinaryIO, entry: Entry) -> bytearray:
+    data = bytearray(entry.end - entry.start)
+    if source.readinto(data) != len(data):  # type: ignore[attr-defined]
+        raise FormatError(f"{entry.name}: its file ended early; it changed while it was read")
+    return data
+
+
+def _copy(source: BinaryIO, out: BinaryIO, entry: Entry) -> None:
+    left = entry.end - entry.start
+    while left:
+        block = source.read(min(BLOCK, left))
+        if not block:
+            raise FormatError(f"{entry.name}: its file ended early; it changed while it was read")
+        out.write(block)
+        left -= len(block)
 
 
 @torch.no_grad()
-def _folded(name: str, weight: Tensor, deltas: list[Delta]) -> Tensor:
-    """In fp32 (fp64 stays): the sum is rounded once, to the stored type."""
+def _folded(entry: Entry, weight: Tensor, folds: list[Fold]) -> Tensor:
+    """Folded in fp32 (fp64 stays fp64) and rounded once, to the type it is stored in."""
     weight = weight if weight.dtype is torch.float64 else weight.float()
-    for delta in deltas:
-        weight = delta.fold(name.rpartition(".")[2], weight)
-    if not torch.isfinite(weight).all():
-        raise FormatError(f"{name}: the folded weight is not finite; the adapter is broken")
-    return weight
+    for name, delta in folds:
+        weight = delta.fold(name, weight)
+    if tuple(weight.shape) != entry.shape:
+        raise FormatError(f"{entry.name}: {tuple(weight.shape)} after folding, {entry.shape} before")
+    rounded = weight.to(DTYPES[entry.dtype])
+    if not torch.isfinite(rounded).all():
+        raise FormatError(f"{entry.name}: not finite as {entry.dtype}: the adapter is broken, or the type too narrow")
+    return rounded
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _encoded(entries: list[Entry], metadata: dict[str, str]) -> bytes:
-    """A header for other dtypes: sizes and offsets anew."""
-    document: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    position = 0
-    for entry in entries:
-        width = DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
-        size = width * torch.Size(entry.shape).numel() if width else entry.end - entry.start
-        document[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [position, position + size],
-        }
-        position += size
-    text = json.dumps(document, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _companions(base: Path, target: Path, dtype: str | None) -> None:
-    """Config, tokenizer, template and index, copied; the config says the new type where there is one."""
+def _companions(base: Path, target: Path, dtype: str | None, size: int) -> None:
+    """Config, tokenizer, template and index, copied; with another type, config and index say so."""
     for pattern in COPIED:
         for file in base.glob(pattern):
-            if file.is_file():
+            if file.is_file() and not file.name.endswith(".bin.index.json"):
                 shutil.copyfile(file, target / file.name)
-    if dtype is not None:
-        config = json.loads((target / "config.json").read_text("utf-8"))
-        config.pop("torch_dtype", None)
-        (target / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", "utf-8")
+    if dtype is None:
+        return
+    _rewrite(
+        target / "config.json",
+        lambda config: {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": dtype},
+    )
+    if (target / INDEX).is_file():
+        _rewrite(target / INDEX, lambda index: index | {"metadata": index.get("metadata", {}) | {"total_size": size}})
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_bytes())), indent=2) + "\n", "utf-8")
 
 
 @contextmanager
-def _aside(output: Path) -> Iterator[Path]:
+def _aside(output: Path, needed: int) -> Iterator[Path]:
+    """A folder to fill, which becomes `output` when all went well and is gone when not."""
     temporary = output.with_name(f"{TEMPORARY}{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
+        free = shutil.disk_usage(temporary).free
+        if free < needed:
+            raise SaveError(f"--output: {output} needs {needed:,} bytes, {free:,} are free")
         yield temporary
-        os.replace(temporary, output)
+        publish(temporary, output)
     except OSError as error:
-        free = shutil.disk_usage(output.parent).free if output.parent.is_dir() else 0
-        raise SaveError(f"{output} could not be written: {error.strerror or error} ({free:,} bytes free)") from error
+        raise SaveError(f"{output} could not be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

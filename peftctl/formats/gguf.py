@@ -4,41 +4,50 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
 from peftctl.errors import ModelError
-from peftctl.storage import TEMPORARY
+from peftctl.storage import TEMPORARY, publish
 
 
 def convert(gguf: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file to `folder`, in bfloat16, whole or not at all. Raises ModelError."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    temporary = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")  # two commands may convert at once
     temporary.mkdir(parents=True)
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model, tokenizer = _read(gguf)
         unmarked(model).to(torch.bfloat16).save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)  # type: ignore[no-untyped-call]
-        os.replace(temporary, folder)
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"{gguf} cannot be converted: {str(error).splitlines()[0]}") from None
+        tokenizer.save_pretrained(temporary)
+        publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _read(gguf: Path) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = str(gguf.parent)
+    options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
+        return model, AutoTokenizer.from_pretrained(place, **options)
+    except (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, struct.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{gguf} cannot be read as a GGUF model: {reason}") from None
+
+
 def unmarked(model: Any) -> Any:
     """Without the marks of quantisation: the weights are plain by now, but saving would be refused."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    if hasattr(model.config, "_model_name_or_path"):
-        model.config._model_name_or_path = None
+    for name in ("quantization_config", "_model_name_or_path"):
+        model.config.__dict__.pop(name, None)
     model.hf_quantizer = None
     model.is_quantized = False
     return model

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from peftctl import methods
 from peftctl.base import Base
 from peftctl.errors import FormatError
+from peftctl.formats.shards import fingerprint
 from peftctl.methods.base import Exchange, Method, MethodConfig
 from peftctl.skeleton import Skeleton
 
@@ -36,6 +37,7 @@ class Adapter(NamedTuple):
     method: Method[Any]
     config: MethodConfig
     tensors: dict[str, Tensor]
+    fingerprint: str | None  # of the base it was trained on, where the folder says it
 
 
 def write(
@@ -49,22 +51,34 @@ def write(
     """Write the three files into an existing folder. Raises OSError."""
     from safetensors.torch import save_file
 
-    if method.exchange is None:
-        keys: dict[str, Any] = {"peft_type": OWN_TYPE, "inference_mode": True}
-        stored = dict(tensors)
-    else:
-        keys, stored = method.exchange().write(config, skeleton, tensors)
-    keys = keys | {"base_model_name_or_path": base.name, "revision": base.revision}
-    document = {
-        "format": FORMAT,
-        "method": json.loads(config.model_dump_json()),
-        "base": {"name": base.name, "revision": base.revision, "architecture": skeleton.architecture},
-    }
+    keys, stored = _plain(method, config, skeleton, tensors)
+    facts = _facts(base, skeleton)
+    keys = keys | {"base_model_name_or_path": facts["name"], "revision": facts["revision"]}
+    document = {"format": FORMAT, "method": json.loads(config.model_dump_json()), "base": facts}
     (folder / CONFIG).write_text(json.dumps(keys, indent=2, sort_keys=True) + "\n", "utf-8")
     (folder / OURS).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
     # contiguous and apart: the format stores neither strides nor shared memory
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in stored.items()}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _plain(
+    method: Method[Any], config: MethodConfig, skeleton: Skeleton, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Keys of the config and tensors in peft's form, or under our names where peft lacks the method."""
+    if method.exchange is None:
+        return {"peft_type": OWN_TYPE, "inference_mode": True}, dict(tensors)
+    return method.exchange().write(config, skeleton, tensors)
+
+
+def _facts(base: Base, skeleton: Skeleton) -> dict[str, Any]:
+    """What finds the base again, and tells whether it is the same one."""
+    return {
+        "name": base.name if base.revision is not None else str(Path(base.name).resolve()),
+        "revision": base.revision,
+        "architecture": skeleton.architecture,
+        "fingerprint": fingerprint(base.weights) if base.weights is not None else None,
+    }
 
 
 def base_of(folder: Path) -> tuple[str | None, str | None]:
@@ -77,41 +91,66 @@ def base_of(folder: Path) -> tuple[str | None, str | None]:
 def read(folder: Path, skeleton: Skeleton) -> Adapter:
     """An adapter of ours or of peft's, for a base of this skeleton. Raises FormatError with what is wrong."""
     keys = _json(folder / CONFIG)
-    stored = _tensors(folder)
     kind = keys.get("peft_type")
     if kind is None:
         other = "adapter-hub's, which is not read" if "config" in keys else "not an adapter's: it has no peft_type"
         raise FormatError(f"{folder / CONFIG} is {other}")
-    if kind == OWN_TYPE:
-        block, tensors = _ours(folder)["method"], stored
+    stored = _tensors(folder)
+    ours = _ours(folder) if (folder / OURS).is_file() or kind == OWN_TYPE else None
+    if kind == OWN_TYPE and ours is not None:
+        block, tensors = ours["method"], dict(stored)
     else:
-        block, tensors = _exchange(folder, str(kind)).read(keys, skeleton, stored)
+        preferred = str(ours["method"].get("name")) if ours is not None else None
+        block, tensors = _exchanged(folder, keys, skeleton, stored, preferred)
     method = methods.get(str(block.get("name")))
+    found = ours["base"].get("fingerprint") if ours is not None else None
+    return Adapter(folder, method, _config(method, block, folder), tensors, found)
+
+
+def _config(method: Method[Any], block: Mapping[str, Any], folder: Path) -> MethodConfig:
     try:
-        config = method.config.model_validate(block)
+        config: MethodConfig = method.config.model_validate(block)
     except ValidationError as error:
         wrong = error.errors(include_url=False)[0]
         raise FormatError(f"{folder / CONFIG}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
-    return Adapter(folder, method, config, dict(tensors))
+    return config
 
 
-def _exchange(folder: Path, kind: str) -> Exchange:
-    """The reader of a peft type: whichever method claims it."""
+def _exchanged(
+    folder: Path,
+    keys: Mapping[str, Any],
+    skeleton: Skeleton,
+    stored: Mapping[str, Tensor],
+    preferred: str | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The method block and tensors of a file in peft's form."""
+    exchange = _exchange(folder, str(keys["peft_type"]), preferred)
+    try:
+        return exchange.read(keys, skeleton, stored)
+    except FormatError as error:
+        raise FormatError(f"{folder}: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FormatError(f"{folder / CONFIG} has a value that peft would not write: {error}") from None
+
+
+def _exchange(folder: Path, kind: str, preferred: str | None) -> Exchange:
+    """The reader of a peft type: the method that wrote the folder where it claims it, else whichever does."""
     known = []
-    for name in methods.names():
+    for name in sorted(methods.names(), key=lambda name: name != preferred):
         exchange = methods.get(name).exchange
         if exchange is not None:
             known.append(exchange())
     found = next((exchange for exchange in known if exchange.peft_type == kind), None)
     if found is None:
-        served = ", ".join(exchange.peft_type for exchange in known)
+        served = ", ".join(dict.fromkeys(exchange.peft_type for exchange in known))
         raise FormatError(f"{folder / CONFIG}: peft_type {kind} is not read; {served} are")
     return found
 
 
 def _ours(folder: Path) -> dict[str, Any]:
     document = _json(folder / OURS)
-    if document.get("format") != FORMAT or not isinstance(document.get("method"), dict):
+    parts = [document.get("method"), document.get("base")]
+    if document.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
         found = document.get("format")
         raise FormatError(f"{folder / OURS}: format {found!r} was written by another version; this one reads {FORMAT}")
     return document | {"method": {k: v for k, v in document["method"].items() if k != "init_from"}}
