@@ -71,7 +71,8 @@ def _problem(cls: type[BaseModel], node: Node, key: str, path: tuple[Any, ...], 
     if kind == "value_error":
         return (found.key or found.place).problem(f"{name}: {details[0]['msg'].removeprefix('Value error, ')}")
     wanted = " or ".join(dict.fromkeys(map(_wanted, details)))
-    return found.place.problem(f"{name} is {_shown(found)}; {wanted} is meant")
+    quotes = " (put it in quotes)" if wanted == "text" and isinstance(found.value, bool | int | float) else ""
+    return found.place.problem(f"{name} is {_shown(found)}; {wanted} is meant{quotes}")
 
 
 def _wanted(detail: dict[str, Any]) -> str:

@@ -57,7 +57,8 @@ def train(
     """Train a recipe; the run's folder holds the adapter and what proves it."""
     from peftctl import commands
 
-    overrides = [*set_, *([f"output={output}"] if output else []), *([f"train.device={device}"] if device else [])]
+    given = {"output": output, "train.device": device}
+    overrides = [*set_, *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
     options = {"resume": resume, "resume_from": resume_from, "verify": not no_verify, "quiet": quiet}
     result = commands.train(path, overrides, smoke, dry_run, options | {"trust_remote_code": trust_remote_code})
     _print(result, json_, commands.described)

@@ -179,9 +179,13 @@ def _entry(found: Any) -> dict[str, Any]:
 
 def init(path: Path) -> str:
     """A starter recipe. Refuses to replace a file."""
-    if path.exists():
-        raise InputError(f"{path} exists already: name another file")
-    path.write_text(recipes.starter(), "utf-8")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(recipes.starter())
+    except FileExistsError:
+        raise InputError(f"{path} exists already: name another file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
     return f"wrote {path}; next: peftctl train {path}"
 
 
@@ -193,7 +197,7 @@ def described(result: Mapping[str, Any]) -> str:
 
 def table(entries: Sequence[Mapping[str, Any]]) -> str:
     width = max(len(entry["name"]) for entry in entries)
-    return "\n".join(f"{entry['name']:<{width}}  {entry['summary']}  ({entry['paper']})" for entry in entries)
+    return "\n".join(f"{entry['name']:<{width}}  {entry['summary']}  {entry['paper']}".rstrip() for entry in entries)
 
 
 def _readable(value: Any) -> str:

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from yaml.reader import ReaderError
 
 from peftctl.errors import Problem, RecipeError
 
 LARGEST = 1 << 20  # bytes of a recipe
 DEEPEST = 20
-INTEGER = re.compile(r"[-+]?[0-9]+")
+MOST = 5000  # values; the reader takes some 50 microseconds for each
+INTEGER = re.compile(r"[-+]?[0-9]{1,300}")  # longer ones are read as floats, which may be infinite
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # no file name and no UTF-8 text can hold them
+BREAKS = re.compile("[\x85\u2028\u2029]")  # line breaks to YAML, which only double quotes keep
 FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 WORDS: dict[str, Any] = {"": None, "~": None, "null": None, "true": True, "True": True, "false": False, "False": False}
 
@@ -58,11 +62,13 @@ class Node:
 def read(path: Path, shown: str) -> Node:
     """The document in a file; `shown` is how the file is named in messages. Raises RecipeError."""
     try:
-        if path.stat().st_size > LARGEST:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
             raise RecipeError(
                 [Place(shown).problem(f"the file has over {LARGEST >> 20} MiB; a recipe has a few lines")]
             )
-        text = path.read_bytes().decode("utf-8")
+        text = content.decode("utf-8")
     except OSError as error:
         raise RecipeError([Place(shown).problem(f"cannot be read: {error.strerror}")]) from None
     except UnicodeDecodeError as error:
@@ -83,8 +89,10 @@ def parse(text: str, file: str) -> Node:
         place = Place(file, mark.line + 1, mark.column + 1) if mark else Place(file)
         hint = "; indent with spaces" if "\\t" in str(error.problem) else ""
         raise RecipeError([place.problem(f"is not YAML: {error.problem}{hint}")]) from None
-    except yaml.YAMLError as error:  # a character that YAML forbids
-        raise RecipeError([Place(file).problem(f"is not YAML: {str(error).splitlines()[0]}")]) from None
+    except ReaderError as error:
+        before = text[: error.position].split("\n")
+        place = Place(file, len(before), len(before[-1]) + 1)
+        raise RecipeError([place.problem(f"the character U+{ord(text[error.position]):04X} is not allowed")]) from None
     if root is None:
         return Node({}, Place(file, 1, 1))
     problems: list[Problem] = []
@@ -97,15 +105,22 @@ def parse(text: str, file: str) -> Node:
 def _screen(text: str, file: str) -> None:
     """Refuse aliases, anchors, tags and depth on the stream of events, before anything is built."""
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.BaseLoader):
-        place = Place(file, event.start_mark.line + 1, event.start_mark.column + 1)
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.BaseLoader)):
+        mark: Any = event.start_mark
+        place = Place(file, mark.line + 1, mark.column + 1)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise RecipeError([place.problem("anchors and aliases (& and *) are not allowed: write the value out")])
         if getattr(event, "tag", None):
-            raise RecipeError([place.problem(f"the tag {getattr(event, 'tag', '')} is not allowed: write a plain value")])
+            raise RecipeError(
+                [place.problem(f"the tag {getattr(event, 'tag', '')} is not allowed: write a plain value")]
+            )
+        if isinstance(event, yaml.ScalarEvent) and NO_TEXT.search(event.value):
+            raise RecipeError([place.problem("holds a null character or half a surrogate pair: leave it out")])
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise RecipeError([place.problem(f"is nested over {DEEPEST} deep")])
+        if count > MOST:
+            raise RecipeError([place.problem(f"the file has over {MOST} values; a recipe has a few dozen")])
 
 
 def _node(raw: Any, file: str, key: Place | None, problems: list[Problem]) -> Node:
@@ -138,4 +153,24 @@ def scalar(text: str) -> Any:
         return int(text)
     if FLOAT.fullmatch(text):
         return float(re.sub(r"\.(?=[iInN])", "", text))
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `scalar`, unlike YAML 1.1, takes for a number (1e5, 09); writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        plain = isinstance(scalar(data), str) and not BREAKS.search(data)
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def write(value: Any) -> str:
+    """Plain data as YAML that `parse` reads back."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text

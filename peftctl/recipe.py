@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from peftctl import methods, objectives
 from peftctl.blame import problems_of
 from peftctl.errors import Problem, RecipeError, suggest
-from peftctl.located import Node, Place, parse, read
+from peftctl.located import Node, Place, parse, read, write
 from peftctl.methods.base import MethodConfig
 from peftctl.schema import DataConfig, ModelConfig, Recipe, TrainConfig
 
@@ -24,9 +24,9 @@ TOP = ("extends", "model", "method", "objective", "data", "train", "output")
 
 def load(path: Path, overrides: Sequence[str] = (), smoke: bool = False) -> Recipe:
     """The recipe in a file with what it extends, smoke settings and overrides laid over it. Raises RecipeError."""
-    root = _extended(Path(path), ())
+    root = _extended(Path(path))
     if smoke:
-        root = merged(root, _extended(shared_folder("configs") / "smoke.yaml", ()))
+        root = merged(root, _extended(shared_folder("configs") / "smoke.yaml"))
     for override in overrides:
         root = merged(root, _override(override))
     if smoke:
@@ -36,7 +36,7 @@ def load(path: Path, overrides: Sequence[str] = (), smoke: bool = False) -> Reci
 
 def method_block(name: str, overrides: Sequence[str] = ()) -> MethodConfig:
     """The method block that a name and overrides of `method.*` give. Raises RecipeError."""
-    root = merged(Node({}, Place("--method")), _override(f"method.name={name}"))
+    root = merged(Node({}, Place("--method")), _set("method.name", name, Place(f"--method {name}")))
     for override in overrides:
         root = merged(root, _override(override))
     stray = [node.key or node.place for key, node in root.value.items() if key != "method"]
@@ -50,7 +50,7 @@ def method_block(name: str, overrides: Sequence[str] = ()) -> MethodConfig:
 
 def resolved(recipe: Recipe) -> str:
     """The whole recipe as YAML that loads to the same recipe."""
-    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = write(recipe.model_dump(mode="json"))
     return "# Resolved: every key that the run used. `peftctl train` takes it again as it is.\n" + text
 
 
@@ -99,16 +99,14 @@ def merged(under: Node, over: Node, path: tuple[str, ...] = ()) -> Node:
     return Node(both, over.place if over.place.line else under.place, over.key or under.key)
 
 
-def _extended(path: Path, chain: tuple[Path, ...]) -> Node:
+def _extended(path: Path, chain: tuple[Path, ...] = ()) -> Node:
     """A file laid over what it extends, its input paths made absolute."""
-    if path.resolve() in chain:
-        names = " -> ".join(p.name for p in (*chain, path))
-        raise RecipeError([Place(str(path)).problem(f"extends itself: {names}")])
     root = _inputs(read(path, str(path)), path.parent)
     extends = root.value.pop("extends", None)
     under = Node({}, root.place)
+    chain = (*chain, path.resolve())
     for entry in _entries(extends):
-        under = merged(under, _extended(_found(path.parent, entry.value), (*chain, path.resolve())))
+        under = merged(under, _extended(_extension(path.parent, entry, chain), chain))
     return merged(under, root)
 
 
@@ -122,14 +120,30 @@ def _entries(extends: Node | None) -> Iterator[Node]:
         yield node
 
 
+def _extension(folder: Path, entry: Node, chain: tuple[Path, ...]) -> Path:
+    """The file that an entry of `extends` names; what is wrong with it is blamed on the entry."""
+    path = _found(folder, entry.value)
+    if not _exists(path):
+        raise RecipeError([entry.place.problem(f"extends: there is no file {path}")])
+    if path.resolve() in chain:
+        names = " -> ".join(p.name for p in (*chain, path))
+        raise RecipeError([entry.place.problem(f"extends: a circle, {names}")])
+    return path
+
+
 def _found(folder: Path, name: str) -> Path:
     """A file beside the recipe; `configs/...` and `recipes/...` are also found where the package keeps them."""
-    path = folder / Path(name).expanduser()
+    path = folder / os.path.expanduser(name)
     parts = [part for part in Path(name).parts if part != ".."]
-    if not path.exists() and parts and parts[0] in ("configs", "recipes"):
+    if not _exists(path) and parts and parts[0] in ("configs", "recipes"):
         shared = shared_folder(parts[0]).joinpath(*parts[1:])
-        return shared if shared.exists() else path
+        return shared if _exists(shared) else path
     return path
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such a file; not so where the name is too long for one."""
+    return os.path.exists(path)
 
 
 def _inputs(root: Node, folder: Path) -> Node:
@@ -148,7 +162,7 @@ def _inputs(root: Node, folder: Path) -> Node:
 def _is_path(key: str, value: str, folder: Path) -> bool:
     """A model's name may be a hub id: what looks like a path or is there is one."""
     looks = value.startswith((".", "/", "~", "configs/")) or value.endswith((".gguf", ".json"))
-    return key != "name" or looks or (folder / value).is_dir()
+    return key != "name" or looks or os.path.isdir(folder / value)
 
 
 def _override(text: str) -> Node:
@@ -157,10 +171,21 @@ def _override(text: str) -> Node:
     place = Place(f"--set {text}")
     if not equals or not all(key.split(".")):
         raise RecipeError([place.problem("is not KEY=VALUE, as in --set train.max_steps=10")])
-    parsed = _relocated(parse(value, place.file), place)
+    if key.split(".")[0] == "extends":
+        raise RecipeError([place.problem("extends can only be written in a file")])
+    try:
+        node = parse(value, place.file)
+    except RecipeError as error:
+        raise RecipeError([place.problem(problem.message) for problem in error.problems]) from None
+    return _set(key, _relocated(node, place).value, place)
+
+
+def _set(key: str, value: Any, place: Place) -> Node:
+    """A document of one value, its path taken from the current directory."""
+    node = Node(value, place, place)
     for part in reversed(key.split(".")):
-        parsed = Node({part: Node(parsed.value, place, place)}, place)
-    return _inputs(parsed, Path.cwd())
+        node = Node({part: node}, place, place)
+    return _inputs(node, Path.cwd())
 
 
 def _relocated(node: Node, place: Place) -> Node:
@@ -174,13 +199,14 @@ def _relocated(node: Node, place: Place) -> Node:
 def _with_rows(root: Node) -> Node:
     """A smoke run whose data is not on this machine takes the rows that ship with the package."""
     train = root.at(("data", "train"))
-    if isinstance(train.value, str) and Path(train.value).exists():
+    if isinstance(train.value, str) and os.path.exists(train.value):
         return root
-    name = root.at(("objective", "name")).value
+    name = root.at(("objective", "name")).plain()
     if name not in objectives.names():
         return root
     kind = "preference" if "preference" in objectives.get(name).kinds else "messages"
-    return merged(root, _override(f"data.train={shared_folder('configs') / 'data' / f'{kind}.jsonl'}"))
+    rows = shared_folder("configs") / "data" / f"{kind}.jsonl"
+    return merged(root, _set("data.train", str(rows), Place("--smoke")))
 
 
 def _validated(root: Node) -> Recipe:
@@ -192,7 +218,7 @@ def _validated(root: Node) -> Recipe:
     blocks: dict[str, Any] = {key: _block(root, key, cls, problems) for key, cls in BLOCKS.items()}
     blocks |= {key: _named(root, key, problems) for key in NAMED}
     output = root.value.get("output")
-    if output is None or not isinstance(output.value, str) or not output.value or "\0" in output.value:
+    if output is None or not isinstance(output.value, str) or not output.value:
         place = output.place if output is not None else root.place
         problems.append(
             place.problem("output is missing: the run's folder" if output is None else "output is a folder")
@@ -226,8 +252,8 @@ def _named(root: Node, key: str, problems: list[Problem]) -> BaseModel | None:
         problems.append(node.place.problem(f"{key}.name is missing: one of {', '.join(package.names())}"))
         return None
     if name.value not in package.names():
-        near = suggest(str(name.value), package.names()) or f"; there is {', '.join(package.names())}"
-        problems.append(name.place.problem(f"{key}.name: there is no {key} {name.value!r}{near}"))
+        near = suggest(str(name.plain()), package.names()) or f"; there is {', '.join(package.names())}"
+        problems.append(name.place.problem(f"{key}.name: there is no {key} {name.plain()!r}{near}"))
         return None
     return _block(root, key, package.get(name.value).config, problems)
 
@@ -243,7 +269,7 @@ def _conflicts(recipe: Recipe, root: Node) -> Iterator[Problem]:
 
     if traits.needs_cache and train.gradient_checkpointing:
         yield at("train", "gradient_checkpointing").problem(
-            f"train.gradient_checkpointing would lose the virtual tokens of method {recipe.method.name}: set it to false"
+            f"train.gradient_checkpointing would lose method {recipe.method.name}'s virtual tokens: set it to false"
         )
     if train.max_steps is not None and train.epochs is not None:
         yield at("train", "epochs").problem("train.epochs and train.max_steps are both given: keep one")
