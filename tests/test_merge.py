@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peftctl import methods
 from peftctl.errors import FormatError, InputError, SaveError, Unfoldable
+from peftctl.formats import names
 from peftctl.formats.shards import shards
 from peftctl.merge import merge
 from peftctl.methods.attachment import Attachment, Delta, Injected
@@ -118,6 +119,19 @@ def test_touched_tensors_equal_the_fold_in_memory_and_the_rest_keep_their_bytes(
     assert sorted(p.name for p in base.iterdir()) == sorted(p.name for p in (tmp_path / "merged").iterdir())
 
 
+def test_a_header_that_others_would_write_differently_keeps_its_bytes(tmp_path: Path) -> None:
+    base = saved(tiny("llama"), tmp_path / "base", "1GB")
+    shard = shards(base)[0]
+    entries = {e.name: {"dtype": e.dtype, "shape": e.shape, "data_offsets": [e.start, e.end]} for e in shard.entries}
+    text = json.dumps({"__metadata__": {"z": "1", "a": "2"}} | entries, indent=3).encode() + b"   "
+    whole = len(text).to_bytes(8, "little") + text + shard.path.read_bytes()[shard.data :]
+    shard.path.write_bytes(whole)
+    merge(base, empty(base), Attachment([Injected("lm_head", Add(1))]), tmp_path / "merged")
+    merged = (tmp_path / "merged" / shard.path.name).read_bytes()
+    assert merged[: 8 + len(text)] == whole[: 8 + len(text)]
+    assert merged != whole
+
+
 def test_several_deltas_at_one_place_are_folded_in_order_and_rounded_once(tmp_path: Path) -> None:
     base = saved(tiny("llama").to(torch.bfloat16), tmp_path / "base", "1GB")
     place = "model.layers.1.mlp.up_proj"
@@ -160,10 +174,10 @@ def test_a_base_saved_without_its_head_keeps_its_own_names(tmp_path: Path) -> No
 def test_names_that_transformers_renames_on_loading_are_found(tmp_path: Path) -> None:
     base = saved(tiny("bert"), tmp_path / "base", "1GB")
     old = tensors(base)
-    names = {
+    renamed = {
         n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta") for n in old
     }
-    save_file({names[n]: t for n, t in old.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    save_file({renamed[n]: t for n, t in old.items()}, base / "model.safetensors", metadata={"format": "pt"})
     place = "bert.embeddings.LayerNorm"
     attachment = Attachment([Injected(place, Add(0.5, names=("weight", "bias")))])
     with torch.device("meta"):
@@ -182,6 +196,15 @@ def test_experts_that_are_put_together_on_loading_are_refused_by_name(tmp_path: 
     with pytest.raises(Unfoldable, match=full):
         merge(base, model, Attachment([Injected(path, Add(1, names=(name,)))]), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_tensor_that_loading_would_rearrange_is_refused_even_in_the_right_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = saved(tiny("llama"), tmp_path / "base")
+    monkeypatch.setattr(names, "parameters", lambda model, stored: {name: names.Place(name, False) for name in stored})
+    with pytest.raises(Unfoldable, match=r"lm_head\.weight: not in the base's files"):
+        merge(base, empty(base), Attachment([Injected("lm_head", Add(1))]), tmp_path / "merged")
 
 
 @pytest.mark.parametrize(

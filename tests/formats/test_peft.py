@@ -111,6 +111,16 @@ def test_a_folder_of_pefts_own_is_read(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(clean), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_base_named_by_a_relative_path_is_found_from_anywhere(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written("lora", resolve("./base"), tmp_path / "adapter")
+    assert base_of(tmp_path / "adapter") == (str((tmp_path / "base").resolve()), None)
+    written("lora", base._replace(name="owner/model", revision="c0ffee"), tmp_path / "hub")
+    assert base_of(tmp_path / "hub") == ("owner/model", "c0ffee")
+
+
 def folder_with(folder: Path, config: Any, weights: str | None = WEIGHTS) -> Path:
     (folder / CONFIG).write_text(config if isinstance(config, str) else json.dumps(config))
     if weights is not None and weights.endswith(".bin"):
