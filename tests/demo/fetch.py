@@ -104,13 +104,16 @@ def messages(found: list[Dialogue]) -> list[dict[str, Any]]:
 
 
 def pairs(found: list[Dialogue]) -> list[dict[str, Any]]:
-    """The right answer against another question's."""
+    """The right answer against another question's, which is never one of the many right answers to this one."""
     generator = random.Random(0)
+    right: dict[str, set[str]] = {}
+    for dialogue in found:
+        right.setdefault(normal(dialogue[0]["content"]), set()).add(normal(dialogue[1]["content"]))
     rows = []
     for dialogue in found:
         prompt, chosen = dialogue[0]["content"], dialogue[1]["content"]
         rejected = generator.choice(found)[1]["content"]
-        if normal(rejected) != normal(chosen):
+        if normal(rejected) not in right[normal(prompt)]:
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return [{**row, **as_messages(row)} for row in rows]
 
