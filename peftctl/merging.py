@@ -41,8 +41,16 @@ def merge(
     if found.adapter is None or found.base.weights is None:
         raise InputError(f"{adapter} is a model, not an adapter: there is nothing to merge")
     model = models.empty(found.base, trust_remote_code=trust_remote_code)
-    streaming.merge(found.base.weights, model, deltas(found, model), output, dtype=dtype, progress=progress)
-    Chat(found.tokenizer).save(output)
+    tokenizer = Chat(found.tokenizer)
+    streaming.merge(
+        found.base.weights,
+        model,
+        deltas(found, model),
+        output,
+        dtype=dtype,
+        progress=progress,
+        finish=tokenizer.save,
+    )
     difference = _difference(found, output, trust_remote_code) if verify else None
     return {
         "output": str(output),
