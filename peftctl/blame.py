@@ -41,7 +41,9 @@ def problems_of(cls: type[BaseModel], node: Node, key: str) -> tuple[BaseModel |
         grouped: dict[tuple[Any, ...], list[Any]] = {}
         for detail in error.errors(include_url=False):
             grouped.setdefault(_path(detail["loc"], node), []).append(detail)
-        return None, [_problem(cls, node, key, path, details) for path, details in grouped.items()]
+        # a list that holds a wrong item is not also refused for being no text, the union's other branch
+        paths = [path for path in grouped if not any(path and path == other[:-1] for other in grouped)]
+        return None, [_problem(cls, node, key, path, grouped[path]) for path in paths]
 
 
 def _path(loc: tuple[Any, ...], node: Node) -> tuple[Any, ...]:

@@ -174,7 +174,7 @@ def _override(text: str) -> Node:
     if key.split(".")[0] == "extends":
         raise RecipeError([place.problem("extends can only be written in a file")])
     try:
-        node = parse(value, place.file)
+        node = parse(value, place.file) if value.strip() else Node(None, place)
     except RecipeError as error:
         raise RecipeError([place.problem(problem.message) for problem in error.problems]) from None
     return _set(key, _relocated(node, place).value, place)
@@ -193,7 +193,7 @@ def _relocated(node: Node, place: Place) -> Node:
         return Node({key: _relocated(inner, place) for key, inner in node.value.items()}, place, place)
     if isinstance(node.value, list):
         return Node([_relocated(inner, place) for inner in node.value], place, place)
-    return Node(node.value if node.value != {} else None, place, place)
+    return Node(node.value, place, place)
 
 
 def _with_rows(root: Node) -> Node:
