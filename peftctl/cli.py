@@ -27,17 +27,22 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 BaseOption = Annotated[str | None, typer.Option("--base", help="the base, if not the one the adapter names")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"peftctl {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _globals(
     quiet_: Annotated[bool, typer.Option("--quiet", help="no progress on stderr")] = False,
     debug_: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
-    version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and leave")
+    ] = False,
 ) -> None:
     global debug, quiet
     debug, quiet = debug_, quiet_
-    if version:
-        typer.echo(f"peftctl {__version__}")
-        raise typer.Exit
 
 
 @app.command(epilog="Example: peftctl train recipes/smoke.yaml --set train.max_steps=4")

@@ -140,9 +140,10 @@ def generate(
     ids = chat.prompt(prompt) if plain else chat.render_prompt(messages)
     printer = _Printer(chat.decode) if stream else None
     new = run(opened.policy, ids, end=chat.eos_ids, on_token=printer or (lambda token: None), **sampling)
+    text = chat.decode(new)
     if printer is not None:
-        print(flush=True)
-    return {"prompt": prompt, "text": chat.decode(new), "tokens": len(new), "prompt_tokens": len(ids)}
+        print(text[printer.printed :], flush=True)
+    return {"prompt": prompt, "text": text, "tokens": len(new), "prompt_tokens": len(ids)}
 
 
 class _Printer:
