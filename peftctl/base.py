@@ -15,6 +15,7 @@ from peftctl.errors import ModelError
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 SMALL = ["config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt", "special_tokens*"]
+SAMPLE = 1 << 20  # bytes at either end of a weight file
 # what makes a model more than text: refused by name, as no method here knows where to sit in it
 OTHER_SENSES = {"vision_config": "a vision-language", "audio_config": "an audio", "speech_config": "a speech"}
 
@@ -66,6 +67,19 @@ def resolve(
         base = base._replace(tokenizer=_existing(Path(tokenizer)))
     _judge(base, trust_remote_code)
     return base
+
+
+def fingerprint(base: Base) -> str:
+    """sha256 of the config and of each weight file's size, header and end: not all of what may be many gigabytes."""
+    digest = hashlib.sha256(base.config.read_bytes())
+    for path in sorted(base.weights.glob("*.safetensors")) if base.weights is not None else ():
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLE))
+            file.seek(max(0, size - SAMPLE))
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
 
 
 def _existing(path: Path) -> Path:
@@ -128,7 +142,9 @@ def _judge(base: Base, trust_remote_code: bool) -> None:
     """Refuse, by what the config says, what cannot be served or would run code."""
     try:
         settings = base.settings()
-    except ValueError as error:
+    except OSError as error:
+        raise ModelError(f"{base.config} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{base.config} is not JSON: {error}") from None
     if not isinstance(settings, dict) or "model_type" not in settings:
         raise ModelError(f"{base.config} has no model_type, so it is no Hugging Face config")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftctl.base import Base, cache_folder
@@ -42,14 +44,24 @@ def device(name: str) -> str:
 def skeleton(base: Base, *, trust_remote_code: bool = False) -> Skeleton:
     """The module table of a base, without its weights; kept under the config's hash, so asking again is instant."""
     path = cache_folder() / "skeletons" / f"{_key(base)}.json"
-    if path.is_file():
-        return _read(json.loads(path.read_text("utf-8")))
+    kept = _kept(path)
+    if kept is not None:
+        return kept
     table = _meta(base, trust_remote_code)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(_write(table)), "utf-8")
-    temporary.replace(path)
+    with suppress(OSError):  # a cache that cannot be written costs time, no more
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(_write(table)), "utf-8")
+        temporary.replace(path)
     return table
+
+
+def _kept(path: Path) -> Skeleton | None:
+    """The table in a cache file; None where there is none, or a damaged one."""
+    try:
+        return _read(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _key(base: Base) -> str:

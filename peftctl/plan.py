@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +30,7 @@ class Options(NamedTuple):
     verify: bool = True
     trust_remote_code: bool = False
     quiet: bool = False
+    now: datetime | None = None  # what a chat template is told; of a resumed run, what it was told before
 
 
 class Plan(NamedTuple):
@@ -48,7 +50,7 @@ class Plan(NamedTuple):
 def plan(recipe: Recipe, options: Options) -> Plan:
     """Check recipe, base, data and targets against each other. Raises InputError."""
     trust = options.trust_remote_code
-    base, chat = base_and_chat(recipe, trust_remote_code=trust)
+    base, chat = base_and_chat(recipe, trust_remote_code=trust, now=options.now)
     counts = count(base, methods.get(recipe.method.name), recipe.method, trust_remote_code=trust)
     skeleton = models.skeleton(base, trust_remote_code=trust)
     data = prepare(recipe, chat, objectives.get(recipe.objective.name), skeleton.dimensions.vocabulary)
@@ -60,17 +62,17 @@ def plan(recipe: Recipe, options: Options) -> Plan:
 
 
 def base_and_chat(
-    recipe: Recipe, *, trust_remote_code: bool = False, with_weights: bool = True
+    recipe: Recipe, *, trust_remote_code: bool = False, with_weights: bool = True, now: datetime | None = None
 ) -> tuple[bases.Base, Chat]:
     """The recipe's base on this machine, and its tokenizer."""
     wanted = recipe.model
     if wanted.shrink:
-        chat = Chat(_tokenizer(wanted.tokenizer))
+        chat = Chat(_tokenizer(wanted.tokenizer), now=now)
         return bases.shrink(_architecture(wanted.name), chat.vocabulary)._replace(tokenizer=chat.folder), chat
     base = bases.resolve(
         wanted.name, wanted.revision, wanted.tokenizer, with_weights=with_weights, trust_remote_code=trust_remote_code
     )
-    return base, Chat(_tokenizer(base.tokenizer))
+    return base, Chat(_tokenizer(base.tokenizer), now=now)
 
 
 def _tokenizer(folder: Path | str | None) -> Path | str:

@@ -16,7 +16,7 @@ from peftctl import model as models
 from peftctl.adapter import attach
 from peftctl.checkpoint import Progress, State
 from peftctl.data.batches import Batches
-from peftctl.errors import Unfoldable
+from peftctl.errors import Stopped, Unfoldable
 from peftctl.formats import peft
 from peftctl.merging import merge
 from peftctl.methods.attachment import Attachment
@@ -24,11 +24,11 @@ from peftctl.opened import policy_of
 from peftctl.plan import Options, Plan, plan
 from peftctl.policy import Policy, Reference, checkpointed, frozen_copy
 from peftctl.proof import Proof, prove
-from peftctl.report import Log, display, read, tee, truncate
+from peftctl.report import Log, Sink, display, read, tee, truncate
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
 from peftctl.schema import Recipe
 from peftctl.surgery import without_dropout
-from peftctl.trainer import Event, Job, Question
+from peftctl.trainer import Job, Question
 from peftctl.trainer import train as loop
 
 
@@ -46,13 +46,14 @@ class Training(NamedTuple):
 def train(recipe: Recipe, options: Options) -> dict[str, Any]:
     """Train a recipe and answer what came out. Raises InputError before any time is spent, TrainingError, Stopped."""
     begun = time.perf_counter()
-    planned = plan(recipe, options)
-    folder = RunFolder(planned.folder)
-    if options.resume and folder.finished():
+    folder = RunFolder(Path(recipe.output), options)
+    planned = plan(recipe, options._replace(now=folder.now()))
+    if options.resume and folder.finished(planned):
         return folder.result()
     with folder.locked(), signals.caught() as stop, display(planned.steps, options.quiet) as shown:
         shown.notice(f"training {planned.counts.trainable:,} parameters ({planned.counts.summary})")
         state = folder.open(planned, options, shown.notice)
+        _same_threads(folder.choice("threads"), shown.notice)
         random_base = planned.base.weights is None
         planned = _with_weights(planned, folder)
         training = _load(planned, folder, state, options)
@@ -60,12 +61,28 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
         log = folder.path / "metrics.jsonl"
         truncate(log, training.progress.step)
         with Log(log) as lines:
-            progress = loop(_job(planned, folder, training, tee(lines, shown), stop), training.progress)
+            progress = _stoppable(folder, _job(planned, folder, training, lines, shown, stop), training.progress)
         written = _write(planned, folder, training)
         proof = prove(training.policy, training.start, planned, written) if options.verify else None
         merged = _merged(folder, written, shown.notice) if random_base else None
     events = {event["event"]: event for event in read(log)}  # the last of each kind
     return folder.finish(_result(folder, written, progress, events, proof, merged, time.perf_counter() - begun))
+
+
+def _same_threads(before: int | None, notice: Callable[[str], None]) -> None:
+    """As many threads as the run began with: the order of sums, and so the last bits, depend on it."""
+    now = torch.get_num_threads()
+    if before is not None and before != now:
+        notice(f"using {before} threads as the run did so far, not {now}, for equal bits")
+        torch.set_num_threads(before)
+
+
+def _stoppable(folder: RunFolder, job: Job, progress: Progress) -> Progress:
+    try:
+        return loop(job, progress)
+    except Stopped:
+        folder.stopped()
+        raise
 
 
 def _with_weights(planned: Plan, folder: RunFolder) -> Plan:
@@ -184,7 +201,8 @@ def _job(
     planned: Plan,
     folder: RunFolder,
     training: Training,
-    emit: Callable[[Event], None],
+    log: Log,
+    shown: Sink,
     stop: Callable[[], int | None],
 ) -> Job:
     recipe, settings = planned.recipe, planned.recipe.train
@@ -206,8 +224,8 @@ def _job(
         lr=settings.learning_rate,
         schedule=lambda step: optim.schedule(settings.schedule, step, planned.steps, planned.warmup_steps),
         steps=planned.steps,
-        emit=emit,
-        save=lambda progress: _save(folder, training, progress, settings.keep),
+        emit=tee(log, shown),
+        save=lambda progress: _save(folder, training, progress, settings.keep, log),
         stop=stop,
         after_backward=training.attachment.after_backward,
         max_grad_norm=settings.max_grad_norm,
@@ -217,10 +235,11 @@ def _job(
     )
 
 
-def _save(folder: RunFolder, training: Training, progress: Progress, keep: int) -> None:
+def _save(folder: RunFolder, training: Training, progress: Progress, keep: int, log: Log) -> None:
     tensors, facts = optim.state(training.optimizer, training.attachment.trainable())
     reference = training.reference.initial if training.reference is not None else None
     state = State(progress, training.attachment.tensors(), tensors, facts, checkpoint.random_state(), reference)
+    log.sync()  # a checkpoint whose steps the log lacks could not be gone on from
     checkpoint.save(folder.path, state)
     checkpoint.rotate(folder.path, keep)
 

@@ -11,10 +11,12 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from peftctl import base as bases
 from peftctl import checkpoint, storage
 from peftctl.checkpoint import State
 from peftctl.errors import InputError, SaveError
@@ -30,12 +32,24 @@ FIXED_TRAIN = ("seed", "batch_size", "gradient_accumulation", "optimizer")
 
 
 class RunFolder:
-    def __init__(self, path: Path) -> None:
+    """`origin`: what run.json says of the run that is gone on with, here or in the folder of `--resume-from`."""
+
+    def __init__(self, path: Path, options: Options) -> None:
         self.path = path
         self.document: dict[str, Any] = _read(path / "run.json")
+        self.goes_on = options.resume or options.resume_from is not None
+        self.origin = self.document if self.goes_on else {}
+        if options.resume_from is not None:
+            source = Path(options.resume_from).resolve().parent.parent
+            if source != path.resolve():
+                self.origin = _read(source / "run.json")
 
-    def finished(self) -> bool:
-        return self.document.get("status") == "finished"
+    def finished(self, planned: Plan) -> bool:
+        """Whether this very job is done; one with more steps, say, is not."""
+        if self.document.get("status") != "finished":
+            return False
+        before, now = ({**recipe, "output": ""} for recipe in (self.document["recipe"], _plain(planned.recipe)))
+        return before == now and self.document["data"] == _data(planned)
 
     def result(self) -> dict[str, Any]:
         found: dict[str, Any] = self.document["result"]
@@ -47,10 +61,14 @@ class RunFolder:
         lock = self.path / "lock"
         _make(self.path)
         own = {"pid": os.getpid(), "host": socket.gethostname()}
-        holder = _read(lock)
-        if holder and holder != own and _alive(holder):
-            raise InputError(f"{self.path} is being written by process {holder['pid']} on {holder['host']}")
-        storage.write_file(lock, json.dumps(own).encode())
+        if not _created(lock, own):
+            holder = _read(lock)
+            if holder != own and _alive(holder):
+                raise InputError(
+                    f"{self.path} is being written by process {holder['pid']} on {holder['host']}; "
+                    f"if that is not so, remove {lock}"
+                )
+            storage.write_file(lock, json.dumps(own).encode())
         try:
             yield
         finally:
@@ -58,42 +76,62 @@ class RunFolder:
 
     def open(self, planned: Plan, options: Options, notice: Callable[[str], None]) -> State | None:
         """Make the folder ready; the checkpoint to go on from, None for a fresh run. Raises InputError."""
-        if options.resume_from is not None:
-            path: Path | None = Path(options.resume_from)
-        else:
-            path = checkpoint.newest(self.path, notice) if options.resume else None
-        if (options.resume or options.resume_from is not None) and path is None:
+        path = None if options.resume_from is None else Path(options.resume_from)
+        if options.resume and path is None:
+            path = checkpoint.newest(self.path, notice)
+        if self.goes_on and path is None:
             if not self.document:
                 raise InputError(f"--resume: there is no run in {self.path}; without --resume one is started there")
             notice(f"{self.path} has no checkpoint yet: starting again from step 0")
         state = checkpoint.load(path) if path is not None else None
-        if self.document:
-            self._reopen(planned, options)
+        self._reopen(planned)
         if state is not None:
             notice(f"going on from step {state.progress.step}")
-            checkpoint.rewind(self.path, state.progress.step)
+        self._rewind(state.progress.step if state is not None else 0, notice)
         storage.write_file(self.path / "recipe.yaml", resolved(planned.recipe).encode())
         return state
 
-    def _reopen(self, planned: Plan, options: Options) -> None:
-        """The folder holds a run already: it is the one that is resumed, or nothing precious, or refused."""
-        if options.resume or options.resume_from is not None:
-            changed = changes(self.document["recipe"], planned.recipe, self.document["data"], _data(planned))
+    def _rewind(self, step: int, notice: Callable[[str], None]) -> None:
+        """Drop the checkpoints after a step: their steps are about to be done again, perhaps otherwise."""
+        before = self._checkpoints()
+        checkpoint.rewind(self.path, step)
+        gone = sorted(before - self._checkpoints())
+        if gone:
+            notice(f"removed {', '.join(gone)}: what comes after step {step} is done again")
+
+    def _checkpoints(self) -> set[str]:
+        return {path.name for path in (self.path / "checkpoints").glob("step-*")}
+
+    def _reopen(self, planned: Plan) -> None:
+        """What the folder holds is the run that is gone on with, or nothing precious, or refused."""
+        if self.origin:
+            changed = changes(self.origin, planned)
             if changed:
                 raise InputError(f"{self.path} was another job, so it cannot go on: {'; '.join(changed[:5])}")
-        elif self.document.get("random_base"):
-            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-            shutil.rmtree(self.path / "adapter", ignore_errors=True)
+        if self.goes_on and self.origin is self.document:
+            return
+        if self.document.get("random_base"):
+            for name in ("checkpoints", "adapter", "base", "merged"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             self.document = {}
-        else:
+        elif self.document or self._checkpoints():
             raise InputError(
                 f"output: {self.path} holds a run already: --resume goes on with it, --output DIR starts another"
             )
 
+    def choice(self, name: str) -> Any:
+        """What the run that is gone on with chose by itself; None for a fresh one."""
+        return self.origin.get("choices", {}).get(name)
+
+    def now(self) -> datetime | None:
+        """The moment that chat templates were told."""
+        told = self.choice("now")
+        return datetime.fromisoformat(told) if told else None
+
     def layout(self) -> Layout | None:
         """The layout that the run chose when it began, to be used again."""
-        chosen = self.document.get("choices", {}).get("layout")
+        chosen = self.choice("layout")
         return Layout(**chosen) if chosen else None
 
     def record(self, planned: Plan, layout: Layout, choices: dict[str, Any], random_base: bool) -> None:
@@ -103,13 +141,17 @@ class RunFolder:
             "status": "running",
             "versions": versions(),
             "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
-            "base": {"name": base.name, "revision": base.revision},
+            "base": {"name": base.name, "revision": base.revision, "fingerprint": bases.fingerprint(base)},
             "random_base": random_base,
             "data": _data(planned),
             "counts": planned.counts.document(by_module=False),
-            "choices": {"layout": layout._asdict(), **choices},
+            "choices": {"layout": layout._asdict(), **choices, "now": _now(planned)},
             "recipe": _plain(planned.recipe),
         }
+        self.write()
+
+    def stopped(self) -> None:
+        self.document["status"] = "stopped"
         self.write()
 
     def write(self) -> None:
@@ -129,23 +171,26 @@ def written_aside(target: Path) -> Iterator[Path]:
     _make(temporary)
     try:
         yield temporary
-        storage.remove(target)
-        os.replace(temporary, target)
+        storage.publish(temporary, target)
     except OSError as error:
         raise SaveError(f"{target} could not be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def changes(before: dict[str, Any], now: Recipe, data_before: Any, data_now: Any) -> list[str]:
-    """What differs between a run's recipe and today's in what may not differ, as `key: before -> now`."""
-    after = _plain(now)
+def changes(before: dict[str, Any], planned: Plan) -> list[str]:
+    """What differs between a run and today's plan in what may not differ, as `key: before -> now`."""
+    recipe, after = before["recipe"], _plain(planned.recipe)
     found = []
     for block in FIXED:
-        found += _differences(block, before[block], after[block])
+        # a revision may be pinned later, to what it was
+        found += _differences(block, *({**blocks[block], "revision": None} for blocks in (recipe, after)))
     for key in FIXED_TRAIN:
-        found += _differences(f"train.{key}", before["train"][key], after["train"][key])
-    found += _differences("the data's content", data_before, data_now)
+        found += _differences(f"train.{key}", recipe["train"][key], after["train"][key])
+    found += _differences("the data's content", before["data"], _data(planned))
+    if not before["random_base"]:
+        found += _differences("model.revision", before["base"]["revision"], planned.base.revision)
+        found += _differences("the base's content", before["base"]["fingerprint"], bases.fingerprint(planned.base))
     return found
 
 
@@ -183,6 +228,11 @@ def _data(planned: Plan) -> dict[str, Any]:
     }
 
 
+def _now(planned: Plan) -> str | None:
+    template = planned.chat.template
+    return None if template is None else template.now.isoformat()
+
+
 def _plain(recipe: Recipe) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(recipe.model_dump_json())
     return document
@@ -203,13 +253,28 @@ def _make(path: Path) -> None:
         raise InputError(f"output: {path} cannot be made: {error.strerror}") from error
 
 
+def _created(lock: Path, own: dict[str, Any]) -> bool:
+    """Whether the lock was free; of two that ask at once, one is told so."""
+    try:
+        with lock.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(own))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise InputError(f"output: {lock} cannot be written: {error.strerror}") from error
+    return True
+
+
 def _alive(holder: dict[str, Any]) -> bool:
     """Whether the process that holds a lock still runs; on another machine nobody can tell, so yes."""
-    if holder.get("host") != socket.gethostname():
+    pid, host = holder.get("pid"), holder.get("host")
+    if not isinstance(pid, int) or pid < 1 or not isinstance(host, str):
+        return False  # half written, when its process died
+    if host != socket.gethostname():
         return True
     try:
-        os.kill(int(holder.get("pid", 0)), 0)
-    except ProcessLookupError:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
