@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peftctl import located
@@ -147,6 +147,7 @@ LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | 
 PLAIN = st.recursive(LEAF, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=10)
 
 
+@example({"a": "\x85", "\u2028b": ["\u2029"], "1e5": "09"})
 @given(st.dictionaries(TEXT, PLAIN, max_size=4))
 def test_what_is_written_is_read_back(value: dict[str, object]) -> None:
     read = located.parse(located.write(value), "r").plain()
