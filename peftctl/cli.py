@@ -13,7 +13,10 @@ from peftctl import __version__
 from peftctl.errors import PeftctlError
 
 app = typer.Typer(
-    add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=__doc__
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune Hugging Face models with small adapters, from a YAML recipe.",
 )
 debug = False
 quiet = False
@@ -83,20 +86,20 @@ def validate(
     _print(commands.validate(path, set_, smoke, show), json_, commands.described)
 
 
-@app.command(epilog="Example: peftctl count-params recipes/smoke.yaml --by-module")
+@app.command(epilog="Example: peftctl count-params recipes/smoke.yaml --by module")
 def count_params(
     path: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="a YAML recipe", show_default=False)] = None,
     set_: Set = [],  # noqa: B006
     base: Annotated[str | None, typer.Option(help="without a recipe: a model, or a bare config.json")] = None,
     method: Annotated[str | None, typer.Option(help="without a recipe: the method's name")] = None,
-    by_module: Annotated[bool, typer.Option("--by-module", help="a line for each place")] = False,
+    by: Annotated[str | None, typer.Option(help="module: a line for each place")] = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
     """Count what would be trained, exactly, without reading a weight."""
     from peftctl import commands
 
-    result = commands.count_params(path, set_, base, method, by_module, trust_remote_code)
+    result = commands.count_params(path, set_, base, method, by, trust_remote_code)
     _print(result, json_, commands.described)
 
 

@@ -73,7 +73,7 @@ def count_params(
     overrides: Sequence[str],
     base: str | None,
     method: str | None,
-    by_module: bool,
+    by: str | None,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Count for a recipe, or for a base and a method named on the command line."""
@@ -81,6 +81,8 @@ def count_params(
     from peftctl import methods
     from peftctl.counting import count
 
+    if by not in (None, "module"):
+        raise InputError(f"--by {by}: only module is known")
     if path is not None:
         wanted = recipes.load(path, overrides)
         resolved = bases.resolve(
@@ -93,7 +95,7 @@ def count_params(
     else:
         raise InputError("count-params: give a RECIPE, or --base and --method")
     counts = count(resolved, methods.get(config.name), config, trust_remote_code=trust_remote_code)
-    return counts.document(by_module)
+    return counts.document(by is not None)
 
 
 def merge(

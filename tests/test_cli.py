@@ -165,7 +165,7 @@ def test_count_params_says_what_the_built_model_says(call: Call) -> None:
     base = sum(parameter.numel() for parameter in model.parameters())
     assert result["base"] == base and result["total"] == base + by_hand
     assert result["percent"] == pytest.approx(100 * by_hand / (base + by_hand))
-    recipe = call("count-params", SMOKE, "--by-module", "--json").document
+    recipe = call("count-params", SMOKE, "--by", "module", "--json").document
     assert sum(recipe["by_module"].values()) == recipe["adapter"] == by_hand
 
 
