@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -70,11 +71,12 @@ def _problem(cls: type[BaseModel], node: Node, key: str, path: tuple[Any, ...], 
     if kind == "missing":
         description = cls.model_fields[str(path[-1])].description
         return (node.key or node.place).problem(f"{name} is missing" + (f": {description}" if description else ""))
-    if kind == "value_error":
-        return (found.key or found.place).problem(f"{name}: {details[0]['msg'].removeprefix('Value error, ')}")
+    if kind in ("value_error", "assertion_error"):
+        return (found.key or found.place).problem(f"{name}: {_plainly(details[0]['msg'])}")
     wanted = " or ".join(dict.fromkeys(map(_wanted, details)))
     quotes = " (put it in quotes)" if wanted == "text" and isinstance(found.value, bool | int | float) else ""
-    return found.place.problem(f"{name} is {_shown(found)}; {wanted} is meant{quotes}")
+    near = suggest(str(found.plain()), re.findall(r"'([^']*)'", str(details[0].get("ctx", {}).get("expected", ""))))
+    return found.place.problem(f"{name} is {_shown(found)}; {wanted} is meant{quotes}{near}")
 
 
 def _wanted(detail: dict[str, Any]) -> str:
@@ -90,7 +92,12 @@ def _wanted(detail: dict[str, Any]) -> str:
         return "something not empty"
     if kind in ("too_short", "too_long"):
         return f"a list of {context.get('min_length', context.get('max_length'))}"
-    return str(detail["msg"])
+    return _plainly(detail["msg"])
+
+
+def _plainly(message: str) -> str:
+    """A message of pydantic's without its phrases."""
+    return re.sub(r"^(Value error, |Assertion failed, |Input should (be |have )?(a valid )?)", "", message)
 
 
 def _shown(node: Node) -> str:

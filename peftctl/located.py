@@ -29,7 +29,9 @@ class Place(NamedTuple):
     column: int = 0
 
     def problem(self, message: str) -> Problem:
-        return Problem(self.file, self.line, self.column, message)
+        # what is quoted from a file may hold line ends and codes that move a terminal's cursor
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        return Problem(self.file, self.line, self.column, line)
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Node:
         return node
 
 
-def read(path: Path, shown: str) -> Node:
-    """The document in a file; `shown` is how the file is named in messages. Raises RecipeError."""
+def read(path: Path, shown: str, also: list[Problem] | None = None) -> Node:
+    """The document in a file, named `shown` in messages; `also` as in `parse`. Raises RecipeError."""
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
@@ -73,14 +75,18 @@ def read(path: Path, shown: str) -> Node:
         raise RecipeError([Place(shown).problem(f"cannot be read: {error.strerror}")]) from None
     except UnicodeDecodeError as error:
         raise RecipeError([Place(shown).problem(f"is not UTF-8 at byte {error.start}")]) from None
-    node = parse(text, shown)
+    node = parse(text, shown, also)
     if not isinstance(node.value, dict):
         raise RecipeError([node.place.problem("a recipe is a mapping of keys to values, this is not")])
     return node
 
 
-def parse(text: str, file: str) -> Node:
-    """The document in a text. Raises RecipeError at the first thing that is no plain YAML."""
+def parse(text: str, file: str, also: list[Problem] | None = None) -> Node:
+    """The document in a text. Raises RecipeError at the first thing that is no plain YAML.
+
+    Keys that cannot be used (given twice, or no words) go to `also`, so that they are told together with what else is
+    wrong; without it they are raised.
+    """
     try:
         _screen(text, file)
         root = yaml.compose(text, Loader=yaml.BaseLoader)
@@ -97,8 +103,9 @@ def parse(text: str, file: str) -> Node:
         return Node({}, Place(file, 1, 1))
     problems: list[Problem] = []
     node = _node(root, file, None, problems)
-    if problems:
+    if problems and also is None:
         raise RecipeError(problems)
+    (also if also is not None else problems).extend(problems)
     return node
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ from pydantic import BaseModel
 
 from peftctl import methods, objectives
 from peftctl.blame import problems_of
+from peftctl.composed import Files, found, merged, overridden, placed, relocated
+from peftctl.composed import shared_folder as shared_folder
 from peftctl.errors import Problem, RecipeError, suggest
-from peftctl.located import Node, Place, parse, read, write
+from peftctl.located import Node, Place, write
 from peftctl.methods.base import MethodConfig
 from peftctl.schema import DataConfig, ModelConfig, Recipe, TrainConfig
 
-INPUTS = (("model", "name"), ("model", "tokenizer"), ("data", "train"), ("data", "validation"), ("method", "init_from"))
 BLOCKS: dict[str, type[BaseModel]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 NAMED: dict[str, Any] = {"method": methods, "objective": objectives}
 TOP = ("extends", "model", "method", "objective", "data", "train", "output")
@@ -24,23 +25,23 @@ TOP = ("extends", "model", "method", "objective", "data", "train", "output")
 
 def load(path: Path, overrides: Sequence[str] = (), smoke: bool = False) -> Recipe:
     """The recipe in a file with what it extends, smoke settings and overrides laid over it. Raises RecipeError."""
-    root = _extended(Path(path))
+    problems: list[Problem] = []
+    root = Files(problems).extended(found(Path(), str(path)))
     if smoke:
-        root = merged(root, _extended(shared_folder("configs") / "smoke.yaml"))
-    for override in overrides:
-        root = merged(root, _override(override))
+        root = merged(root, _smoke(root))
+    root = merged(root, overridden(overrides, problems))
     if smoke:
         root = _with_rows(root)
-    return _validated(root)
+    return _validated(root, problems)
 
 
 def method_block(name: str, overrides: Sequence[str] = ()) -> MethodConfig:
     """The method block that a name and overrides of `method.*` give. Raises RecipeError."""
-    root = merged(Node({}, Place("--method")), _set("method.name", name, Place(f"--method {name}")))
-    for override in overrides:
-        root = merged(root, _override(override))
+    problems: list[Problem] = []
+    named = placed("method.name", name, Place(f"--method {name}"))
+    root = merged(overridden(overrides, problems), named)
     stray = [node.key or node.place for key, node in root.value.items() if key != "method"]
-    problems = [place.problem("only method.* can be set with --base and --method") for place in stray]
+    problems += [place.problem("only method.* can be set with --base and --method") for place in stray]
     config = _named(root, "method", problems)
     if problems:
         raise RecipeError(problems)
@@ -80,137 +81,33 @@ def starter() -> str:
     return (shared_folder("recipes") / "starter.yaml").read_text("utf-8")
 
 
-def shared_folder(name: str) -> Path:
-    """`configs` or `recipes`: in the installed package, or beside it in a checkout."""
-    installed = Path(__file__).parent / "_share" / name
-    return installed if installed.is_dir() else Path(__file__).parent.parent / name
-
-
-def merged(under: Node, over: Node, path: tuple[str, ...] = ()) -> Node:
-    """Deep-merged, `over` wins. A block that names another method or objective replaces the whole block."""
-    if not (isinstance(under.value, dict) and isinstance(over.value, dict)):
-        return over
-    if path in (("method",), ("objective",)) and "name" in under.value and "name" in over.value:
-        if under.value["name"].value != over.value["name"].value:
-            return over
-    both = dict(under.value)
-    for key, node in over.value.items():
-        both[key] = merged(both[key], node, (*path, key)) if key in both else node
-    return Node(both, over.place if over.place.line else under.place, over.key or under.key)
-
-
-def _extended(path: Path, chain: tuple[Path, ...] = ()) -> Node:
-    """A file laid over what it extends, its input paths made absolute."""
-    root = _inputs(read(path, str(path)), path.parent)
-    extends = root.value.pop("extends", None)
-    under = Node({}, root.place)
-    chain = (*chain, path.resolve())
-    for entry in _entries(extends):
-        under = merged(under, _extended(_extension(path.parent, entry, chain), chain))
-    return merged(under, root)
-
-
-def _entries(extends: Node | None) -> Iterator[Node]:
-    if extends is None:
-        return
-    nodes = extends.value if isinstance(extends.value, list) else [extends]
-    for node in nodes:
-        if not isinstance(node.value, str):
-            raise RecipeError([node.place.problem("extends is a file or a list of files")])
-        yield node
-
-
-def _extension(folder: Path, entry: Node, chain: tuple[Path, ...]) -> Path:
-    """The file that an entry of `extends` names; what is wrong with it is blamed on the entry."""
-    path = _found(folder, entry.value)
-    if not _exists(path):
-        raise RecipeError([entry.place.problem(f"extends: there is no file {path}")])
-    if path.resolve() in chain:
-        names = " -> ".join(p.name for p in (*chain, path))
-        raise RecipeError([entry.place.problem(f"extends: a circle, {names}")])
-    return path
-
-
-def _found(folder: Path, name: str) -> Path:
-    """A file beside the recipe; `configs/...` and `recipes/...` are also found where the package keeps them."""
-    path = folder / os.path.expanduser(name)
-    parts = [part for part in Path(name).parts if part != ".."]
-    if not _exists(path) and parts and parts[0] in ("configs", "recipes"):
-        shared = shared_folder(parts[0]).joinpath(*parts[1:])
-        return shared if _exists(shared) else path
-    return path
-
-
-def _exists(path: Path) -> bool:
-    """Whether there is such a file; not so where the name is too long for one."""
-    return os.path.exists(path)
-
-
-def _inputs(root: Node, folder: Path) -> Node:
-    """Relative input paths made absolute: they are meant from where they are written."""
-    for block, key in INPUTS:
-        node = root.at((block, key))
-        inside = root.value.get(block)
-        if inside is None or not isinstance(inside.value, dict) or key not in inside.value:
-            continue
-        if isinstance(node.value, str) and _is_path(key, node.value, folder):
-            absolute = str(_found(folder, node.value).resolve())
-            inside.value[key] = Node(absolute, node.place, node.key)
-    return root
-
-
-def _is_path(key: str, value: str, folder: Path) -> bool:
-    """A model's name may be a hub id: what looks like a path or is there is one."""
-    looks = value.startswith((".", "/", "~", "configs/")) or value.endswith((".gguf", ".json"))
-    return key != "name" or looks or os.path.isdir(folder / value)
-
-
-def _override(text: str) -> Node:
-    """`a.b=value` as a document of one value, blamed on the option."""
-    key, equals, value = text.partition("=")
-    place = Place(f"--set {text}")
-    if not equals or not all(key.split(".")):
-        raise RecipeError([place.problem("is not KEY=VALUE, as in --set train.max_steps=10")])
-    if key.split(".")[0] == "extends":
-        raise RecipeError([place.problem("extends can only be written in a file")])
-    try:
-        node = parse(value, place.file) if value.strip() else Node(None, place)
-    except RecipeError as error:
-        raise RecipeError([place.problem(problem.message) for problem in error.problems]) from None
-    return _set(key, _relocated(node, place).value, place)
-
-
-def _set(key: str, value: Any, place: Place) -> Node:
-    """A document of one value, its path taken from the current directory."""
-    node = Node(value, place, place)
-    for part in reversed(key.split(".")):
-        node = Node({part: node}, place, place)
-    return _inputs(node, Path.cwd())
-
-
-def _relocated(node: Node, place: Place) -> Node:
-    if isinstance(node.value, dict):
-        return Node({key: _relocated(inner, place) for key, inner in node.value.items()}, place, place)
-    if isinstance(node.value, list):
-        return Node([_relocated(inner, place) for inner in node.value], place, place)
-    return Node(node.value, place, place)
+def _smoke(root: Node) -> Node:
+    """What `--smoke` lays over a recipe; of the method's keys there, those that the recipe's method has."""
+    over = relocated(Files([]).extended(shared_folder("configs") / "smoke.yaml"), Place("--smoke"))
+    block, method = over.value.pop("method"), root.at(("method",)).plain()
+    if isinstance(method, dict) and method.get("name") in methods.names():
+        known = methods.get(method["name"]).config.model_fields
+        over.value["method"] = Node({key: node for key, node in block.value.items() if key in known}, block.place)
+    return over
 
 
 def _with_rows(root: Node) -> Node:
     """A smoke run whose data is not on this machine takes the rows that ship with the package."""
     train = root.at(("data", "train"))
-    if isinstance(train.value, str) and os.path.exists(train.value):
+    if not isinstance(train.value, str) or os.path.exists(train.value):
         return root
     name = root.at(("objective", "name")).plain()
     if name not in objectives.names():
         return root
     kind = "preference" if "preference" in objectives.get(name).kinds else "messages"
     rows = shared_folder("configs") / "data" / f"{kind}.jsonl"
-    return merged(root, _set("data.train", str(rows), Place("--smoke")))
+    for key, value in {"train": str(rows), "format": "auto", "columns": None}.items():
+        root = merged(root, placed(f"data.{key}", value, Place("--smoke")))
+    return root
 
 
-def _validated(root: Node) -> Recipe:
-    problems = [
+def _validated(root: Node, problems: list[Problem]) -> Recipe:
+    problems += [
         (node.key or node.place).problem(f"{key} is not a key of a recipe{suggest(key, TOP)}")
         for key, node in root.value.items()
         if key not in TOP
@@ -223,14 +120,11 @@ def _validated(root: Node) -> Recipe:
         problems.append(
             place.problem("output is missing: the run's folder" if output is None else "output is a folder")
         )
+    problems += _conflicts(blocks, root)
     if problems:
         raise RecipeError(sorted(problems, key=lambda p: (p.file, p.line, p.column)))
     assert output is not None
-    recipe = Recipe(output=output.value, **blocks)
-    conflicts = list(_conflicts(recipe, root))
-    if conflicts:
-        raise RecipeError(conflicts)
-    return recipe
+    return Recipe(output=output.value, **blocks)
 
 
 def _block(root: Node, key: str, cls: type[BaseModel], problems: list[Problem]) -> BaseModel | None:
@@ -258,37 +152,33 @@ def _named(root: Node, key: str, problems: list[Problem]) -> BaseModel | None:
     return _block(root, key, package.get(name.value).config, problems)
 
 
-def _conflicts(recipe: Recipe, root: Node) -> Iterator[Problem]:
-    """What is right alone and wrong together. By traits, never by a method's name."""
-    traits = methods.get(recipe.method.name).traits(recipe.method)
-    objective = objectives.get(recipe.objective.name)
-    train, data = recipe.train, recipe.data
+def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
+    """What is right alone and wrong together, of the blocks that are right (the others are None).
 
-    def at(*path: str) -> Place:
-        return root.at(path).place
+    By traits, never by a method's name.
+    """
+    model, method, objective, data, train = (blocks[key] for key in ("model", "method", "objective", "data", "train"))
 
-    if traits.needs_cache and train.gradient_checkpointing:
-        yield at("train", "gradient_checkpointing").problem(
-            f"train.gradient_checkpointing would lose method {recipe.method.name}'s virtual tokens: set it to false"
-        )
-    if train.max_steps is not None and train.epochs is not None:
-        yield at("train", "epochs").problem("train.epochs and train.max_steps are both given: keep one")
-    if train.max_steps is not None and train.warmup > train.max_steps:
-        yield at("train", "warmup").problem(f"train.warmup is {train.warmup:g} of {train.max_steps} steps: lower it")
-    if train.warmup >= 1 and not train.warmup.is_integer():
-        yield at("train", "warmup").problem(
-            f"train.warmup {train.warmup:g} is neither a fraction nor a number of steps"
-        )
-    if train.eval_every is not None and data.validation is None:
-        yield at("train", "eval_every").problem("train.eval_every has nothing to evaluate: set data.validation")
-    if data.format != "auto" and data.format not in objective.kinds:
-        kinds = " or ".join(sorted(objective.kinds))
-        yield at("data", "format").problem(
-            f"data.format {data.format} does not suit objective {objective.name}, which learns from {kinds}"
-        )
-    if recipe.model.task != "causal-lm":
-        yield at("model", "task").problem(f"model.task {recipe.model.task!r} is not served; causal-lm is")
-    if recipe.model.quantize is not None:
-        yield at("model", "quantize").problem("model.quantize is not served: leave it null")
-    if train.compile:
-        yield at("train", "compile").problem("train.compile is not served: leave it false")
+    def at(key: str, message: str) -> Problem:
+        return root.at(tuple(key.split("."))).place.problem(f"{key} {message}")
+
+    if method and train and train.gradient_checkpointing and methods.get(method.name).traits(method).needs_cache:
+        lost = f"would lose method {method.name}'s virtual tokens: set it to false"
+        yield at("train.gradient_checkpointing", lost)
+    if train and train.max_steps is not None and train.epochs is not None:
+        yield at("train.epochs", "and train.max_steps are both given: keep one, set the other to null")
+    if train and train.max_steps is not None and train.warmup > train.max_steps:
+        yield at("train.warmup", f"is {train.warmup:g} of {train.max_steps} steps: lower it")
+    if train and train.warmup >= 1 and not train.warmup.is_integer():
+        yield at("train.warmup", f"{train.warmup:g} is neither a fraction nor a number of steps")
+    if train and train.compile:
+        yield at("train.compile", "is not served: leave it false")
+    if train and data and train.eval_every is not None and data.validation is None:
+        yield at("train.eval_every", "has nothing to evaluate: set data.validation")
+    if data and objective and data.format not in {"auto", *objectives.get(objective.name).kinds}:
+        kinds = " or ".join(sorted(objectives.get(objective.name).kinds))
+        yield at("data.format", f"{data.format} does not suit objective {objective.name}, which learns from {kinds}")
+    if model and model.task != "causal-lm":
+        yield at("model.task", f"{model.task!r} is not served; causal-lm is")
+    if model and model.quantize is not None:
+        yield at("model.quantize", "is not served: leave it null")

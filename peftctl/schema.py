@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializeAsAny
 
 from peftctl.methods.base import MethodConfig
 from peftctl.objectives.base import ObjectiveConfig
@@ -21,13 +22,13 @@ class ModelConfig(Block):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as stored")
     quantize: str | None = Field(None, description="null")
     layout: Literal["auto", "shared", "joined", "padded"] = Field("auto", description="how batches are laid out")
-    tokenizer: str | None = Field(None, description="a tokenizer's folder, if not the model's own")
+    tokenizer: str | None = Field(None, min_length=1, description="a tokenizer's folder, if not the model's own")
     shrink: bool = Field(False, description="a tiny random model of the same architecture instead; for smoke runs")
 
 
 class DataConfig(Block):
     train: str = Field(min_length=1, description="a JSONL or JSON file")
-    validation: Annotated[float, Field(gt=0, lt=1)] | str | None = Field(
+    validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[str, Field(min_length=1)] | None = Field(
         None, description="a share to hold out, or a file"
     )
     max_length: int = Field(1024, ge=2, description="longest row in tokens; longer ones are bad rows")
@@ -36,6 +37,12 @@ class DataConfig(Block):
     on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with a row that cannot be used")
     share_starts: bool = Field(True, description="compute once what rows share at their start")
     limit: int | None = Field(None, ge=1, description="the first rows only")
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", name):
+        raise ValueError(f"{name!r} is no device; auto, cpu, cuda, cuda:1 or mps is meant")
+    return name
 
 
 class TrainConfig(Block):
@@ -48,7 +55,9 @@ class TrainConfig(Block):
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up")
     warmup: float = Field(0.03, ge=0, description="below 1 a fraction of the steps, from 1 on a number of steps")
     optimizer: Literal["adamw", "sgd", "adafactor"] = Field("adamw", description="sgd's momentum is the first beta")
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.999], description="decay rates of adamw's averages"
+    )
     weight_decay: float = Field(0.0, ge=0, description="spares tensors of one dimension")
     max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
     seed: int = Field(0, ge=0, lt=2**63, description="of the adapter's start, the data's order and dropout")
@@ -58,7 +67,7 @@ class TrainConfig(Block):
     gradient_checkpointing: bool = Field(
         False, description="recompute blocks in the backward pass: less memory, slower"
     )
-    device: str = Field("auto", description="auto, cpu, cuda or mps")
+    device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
     compile: bool = Field(False, description="false")
 
 

@@ -17,7 +17,7 @@ LAYERS = [
     ["batch", "surgery"],
     ["kernels"],
     ["methods", "objectives"],
-    ["located", "blame", "schema", "recipe", "storage"],
+    ["located", "composed", "blame", "schema", "recipe", "storage"],
     ["base", "data", "head", "policy", "layout", "formats"],
     ["model", "adapter", "checkpoint", "counting", "generation", "merge", "opened", "optim", "report", "signals"],
     ["trainer"],

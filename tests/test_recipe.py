@@ -70,7 +70,7 @@ modle: 3
         "r.yaml:7:15: train.batch_size is true; an integer is meant",
         "r.yaml:8:16: train.betas.1 is nan; a finite number is meant",
         "r.yaml:9:18: train.learning_rate is inf; a finite number is meant",
-        "r.yaml:10:13: train.schedule is 'cosin'; constant, linear or cosine is meant",
+        "r.yaml:10:13: train.schedule is 'cosin'; constant, linear or cosine is meant; did you mean cosine?",
         "r.yaml:11:27: train.gradient_checkpointing is 'yes'; true or false is meant",
         "r.yaml:12:14: train.max_steps is 1.0; an integer is meant",
         "r.yaml:13:1: modle is not a key of a recipe; did you mean model?",
@@ -237,6 +237,118 @@ def test_smoke_is_laid_over_the_recipe_and_overrides_over_both() -> None:
     assert Path(found.data.train).is_file() and Path(str(found.model.tokenizer)).is_dir()
     Path("rows.jsonl").write_text("")
     assert recipe.load(Path("r.yaml"), smoke=True).data.train == str(Path("rows.jsonl").resolve())
+
+
+def test_mistakes_of_every_kind_are_told_together() -> None:
+    Path("a.yaml").write_text("train: {keep: 1, keep: 2}\n")
+    text = """\
+extends: a.yaml
+model: {name: org/model, task: ranking}
+method: {name: prefix, num_virtual_tokens: 4, num_virtual_tokens: 5}
+objective: {name: sft}
+data: {tran: rows.jsonl}
+train: {max_steps: 3, epochs: 1, eval_every: 2}
+"""
+    assert refusals(text, "output", "train.gradient_checkpointing=true") == [
+        "--set output: is not KEY=VALUE, as in --set train.max_steps=10",
+        "--set train.gradient_checkpointing=true: "
+        "train.gradient_checkpointing would lose method prefix's virtual tokens: set it to false",
+        "a.yaml:1:18: keep stands here again; it was set in line 1",
+        "r.yaml:1:1: output is missing: the run's folder",
+        "r.yaml:2:32: model.task 'ranking' is not served; causal-lm is",
+        "r.yaml:3:47: num_virtual_tokens stands here again; it was set in line 3",
+        "r.yaml:5:1: data.train is missing: a JSONL or JSON file",
+        "r.yaml:5:8: data.tran is not a key; did you mean train?",
+        "r.yaml:6:31: train.epochs and train.max_steps are both given: keep one, set the other to null",
+    ]  # nothing of eval_every: what data.validation would have been is not known
+
+
+def test_all_files_that_cannot_be_extended_are_told_and_nothing_else() -> None:
+    Path("a.yaml").write_text("extends: lost.yaml\ntrain: {seed: x}\n")
+    Path("b.yaml").write_text("a: *b\n")
+    assert refusals("extends: [a.yaml, none.yaml, b.yaml]\n") == [
+        "a.yaml:1:10: extends: there is no file lost.yaml",
+        "r.yaml:1:19: extends: there is no file none.yaml",
+        "b.yaml:1:4: anchors and aliases (& and *) are not allowed: write the value out",
+    ]
+
+
+def test_what_is_quoted_from_a_file_stays_on_its_line() -> None:
+    found = refusals(GOOD + 'train: {"a\\nb": 1, "\\e[31mred": 2}\n')
+    assert [line.split(" is ")[0] for line in found] == [r"r.yaml:6:9: train.a\nb", r"r.yaml:6:20: train.\x1b[31mred"]
+
+
+def test_files_that_extend_each_other_many_times_are_read_once_each() -> None:
+    Path("e0.yaml").write_text("train: {seed: 3}\n")
+    for n in range(1, 40):
+        twice = f"[e{n - 1}.yaml, e{n - 1}.yaml]"
+        Path(f"e{n}.yaml").write_text(f"extends: {twice if n < 19 else f'e{n - 1}.yaml'}\n")
+    begun = time.perf_counter()
+    assert load("extends: e18.yaml\n" + GOOD).train.seed == 3
+    (deep,) = refusals("extends: e39.yaml\n" + GOOD)
+    assert deep.endswith("extends: over 20 files, one under the other")
+    assert time.perf_counter() - begun < 1
+
+
+def test_a_key_counts_with_a_name_that_is_set_after_it() -> None:
+    found = load(GOOD, "method.width=8", "method.name=bottleneck").method
+    assert (found.name, found.model_dump()["width"]) == ("bottleneck", 8)
+
+
+def test_a_missing_key_is_blamed_on_the_block_in_the_file_though_an_option_adds_to_it() -> None:
+    text = GOOD.replace("train: rows.jsonl", "limit: 3")
+    assert refusals(text, "data.limit=4") == ["r.yaml:4:1: data.train is missing: a JSONL or JSON file"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ('data.validation=""', "data.validation is ''; a number or something not empty is meant"),
+        ('data.train=""', "data.train is ''; something not empty is meant"),
+        ('model.tokenizer=""', "model.tokenizer is ''; something not empty is meant"),
+        ("train.device=gpu", "train.device: 'gpu' is no device; auto, cpu, cuda, cuda:1 or mps is meant"),
+        ("train.optimizer=adam", "train.optimizer is 'adam'; adamw, sgd or adafactor is meant; did you mean adamw?"),
+    ],
+)
+def test_empty_names_and_near_words_are_refused(override: str, said: str) -> None:
+    assert refusals(GOOD, override) == [f"--set {override}: {said}"]
+
+
+def test_a_shipped_recipe_is_found_from_any_folder() -> None:
+    assert recipe.load(Path("recipes/smoke.yaml")) == recipe.load(ROOT / "recipes" / "smoke.yaml")
+    Path("recipes").mkdir()
+    assert load(GOOD, name="recipes/smoke.yaml").output == "runs/x"
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_smoke_makes_any_recipe_fit_a_tiny_model_and_the_rows_at_hand(name: str) -> None:
+    text = GOOD.replace("{name: lora}", f"{{name: {name}, init_from: runs/real}}").replace(
+        "rows.jsonl", "rows.jsonl, format: completion, columns: {prompt: q}"
+    )
+    Path("r.yaml").write_text(text)
+    found = recipe.load(Path("r.yaml"), smoke=True)
+    assert found.method.name == name and found.method.init_from is None
+    assert (found.data.format, found.data.columns) == ("auto", None)
+    Path("rows.jsonl").write_text("")
+    own = recipe.load(Path("r.yaml"), smoke=True).data
+    assert (own.format, own.columns) == ("completion", {"prompt": "q"})
+
+
+def test_smoke_hides_no_mistake() -> None:
+    Path("r.yaml").write_text("method: lora\ndata: {limit: 3}\nobjective: {name: dpo, beta: 0}\noutput: runs/x\n")
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(Path("r.yaml"), smoke=True)
+    assert str(caught.value).splitlines() == [
+        "--smoke: model.name is missing: hub id, local folder, .gguf file, or a bare config.json",
+        "r.yaml:1:9: method.name is missing: one of bitfit, bottleneck, lora, prefix",
+        "r.yaml:2:1: data.train is missing: a JSONL or JSON file",
+        "r.yaml:3:30: objective.beta is 0; a number above 0.0 is meant",
+    ]
+
+
+def test_smoke_takes_the_layers_there_are() -> None:
+    Path("r.yaml").write_text(GOOD.replace("{name: lora}", "{name: lora, layers: [10, 11]}"))
+    assert recipe.load(Path("r.yaml"), smoke=True).method.model_dump()["layers"] is None
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=15)
