@@ -174,7 +174,7 @@ SMALL_VALUES = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("num_local_experts", "num_experts"), 4),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 2048),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 4096),
     "head_dim": 64,
     "rotary_dim": 32,
 }

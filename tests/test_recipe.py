@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftctl import methods, objectives, recipe
+from peftctl.base import SMALL_VALUES
 from peftctl.errors import RecipeError
 from peftctl.schema import Recipe
 
@@ -344,6 +345,12 @@ def test_smoke_hides_no_mistake() -> None:
         "r.yaml:2:1: data.train is missing: a JSONL or JSON file",
         "r.yaml:3:30: objective.beta is 0; a number above 0.0 is meant",
     ]
+
+
+def test_smoke_lets_no_row_in_that_is_longer_than_the_tiny_model_has_positions() -> None:
+    Path("r.yaml").write_text(GOOD)
+    longest = recipe.load(Path("r.yaml"), smoke=True).data.max_length
+    assert all(longest <= SMALL_VALUES[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
 
 
 def test_smoke_takes_the_layers_there_are() -> None:
