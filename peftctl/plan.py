@@ -13,7 +13,7 @@ from peftctl import model as models
 from peftctl.counting import Counts, count
 from peftctl.data.chat import Chat
 from peftctl.data.dataset import Prepared, prepare
-from peftctl.errors import InputError, ModelError
+from peftctl.errors import DataError, InputError, ModelError
 from peftctl.recipe import shared_folder
 from peftctl.schema import Recipe
 from peftctl.skeleton import Skeleton
@@ -54,11 +54,24 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     counts = count(base, methods.get(recipe.method.name), recipe.method, trust_remote_code=trust)
     skeleton = models.skeleton(base, trust_remote_code=trust)
     data = prepare(recipe, chat, objectives.get(recipe.objective.name), skeleton.dimensions.vocabulary)
+    _fit(data, base)
     start = _start(recipe, skeleton)
     examples, steps = _extent(recipe, len(data.train))
     warmup = recipe.train.warmup
     warmup_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
     return Plan(recipe, Path(recipe.output), base, skeleton, chat, data, counts, start, examples, steps, warmup_steps)
+
+
+def _fit(data: Prepared, base: bases.Base) -> None:
+    """Refuse rows that are longer than the base has positions for."""
+    settings = base.settings()
+    known = [settings[key] for key in ("n_positions", "max_position_embeddings") if isinstance(settings.get(key), int)]
+    for report in filter(None, (data.report, data.validation_report)):
+        if known and report.longest > min(known):
+            raise DataError(
+                f"{report.name}: the longest row has {report.longest} tokens, the base has positions for {min(known)}; "
+                f"set data.max_length to at most that, and data.on_bad_row: skip to leave longer rows out"
+            )
 
 
 def base_and_chat(
