@@ -96,6 +96,7 @@ def _dtype(name: str, device: str) -> torch.dtype | str:
 
 
 def _config(base: Base, trust_remote_code: bool) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     settings = base.settings()
@@ -103,10 +104,9 @@ def _config(base: Base, trust_remote_code: bool) -> Any:
         if trust_remote_code and base.weights is not None:
             return AutoConfig.from_pretrained(base.weights, trust_remote_code=True)
         return AutoConfig.for_model(**settings)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{base.name}: transformers {version('transformers')} cannot use its config: {error}"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise ModelError(f"{base.name}: transformers {version('transformers')} cannot use its config: {said}") from None
 
 
 def _from_config(base: Base, trust_remote_code: bool) -> Any:

@@ -1,0 +1,130 @@
+"""A run as a whole: its lock, its repeatability, what it writes for other tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from peftctl import opened
+from peftctl.batch import build
+from peftctl.errors import InputError
+from peftctl.row import Row
+from tests import runs
+
+IDS = tuple(range(20, 45))
+
+
+@pytest.mark.parametrize("method", runs.names())
+def test_the_same_recipe_twice_gives_the_same_bits(method: str, tmp_path: Path) -> None:
+    results = [runs.train(tmp_path / name, runs.document(method), verify=True) for name in ("one", "two")]
+    one, two = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert results[0]["proof"]["max_difference"] == 0
+
+
+@pytest.mark.parametrize("layout", ["shared", "joined", "padded"])
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_four_micro_batches_of_one_equal_one_of_four(objective: str, layout: str, tmp_path: Path) -> None:
+    for name, size, number in (("one", 4, 1), ("four", 1, 4)):
+        train = {"batch_size": size, "gradient_accumulation": number, "optimizer": "sgd", "max_grad_norm": None}
+        runs.train(tmp_path / name, runs.document("lora", objective, model={"layout": layout}, train=train))
+    pairs = list(zip(runs.events(tmp_path / "one"), runs.events(tmp_path / "four"), strict=True))
+    for one, four in pairs:
+        keys = [key for key in ("loss", "grad_norm", "validation_loss") if key in one]
+        assert [one[key] for key in keys] == pytest.approx([four[key] for key in keys], rel=1e-5)
+    one, four = runs.adapter(tmp_path / "one"), runs.adapter(tmp_path / "four")
+    trained = [name for name in one if "lora_B" in name]  # 0 at the start, so all of it was learnt
+    difference = sum(float((one[name] - four[name]).norm()) for name in trained)
+    assert difference < 1e-5 * sum(float(one[name].norm()) for name in trained)
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    _lock(output, os.getppid(), socket.gethostname())
+    with pytest.raises(InputError, match=f"process {os.getppid()} on {socket.gethostname()}; if that is not so"):
+        runs.train(output, runs.document())
+    assert (output / "lock").exists()
+    _lock(output, 1, "elsewhere")
+    with pytest.raises(InputError, match="process 1 on elsewhere"):
+        runs.train(output, runs.document())
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"pid": 0, "host": "HOST"}', '{"pid": 4194305, "host": "HOST"}'])
+def test_a_stale_lock_is_taken_over(content: str, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "lock").write_text(content.replace("HOST", socket.gethostname()))
+    runs.train(output, runs.document(train={"max_steps": 1}))
+    assert not (output / "lock").exists()
+
+
+def _lock(output: Path, pid: int, host: str) -> None:
+    (output / "lock").write_text(json.dumps({"pid": pid, "host": host}))
+
+
+def test_a_run_on_a_stored_base_is_not_written_over(tmp_path: Path) -> None:
+    runs.train(tmp_path / "made", runs.document())
+    contents = runs.document(model={"name": str(tmp_path / "made" / "base")})
+    runs.train(tmp_path / "run", contents)
+    with pytest.raises(InputError, match="holds a run already: --resume"):
+        runs.train(tmp_path / "run", contents)
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(InputError, match="holds a run already"):
+        runs.train(tmp_path / "run", contents)
+
+
+def test_a_fresh_run_on_a_bare_architecture_draws_its_base_anew(tmp_path: Path) -> None:
+    gpt2 = {"name": str(runs.CONFIGS / "models" / "tiny-gpt2.json")}
+    runs.train(tmp_path / "run", runs.document())
+    runs.train(tmp_path / "run", runs.document("bitfit", model=gpt2))
+    assert json.loads((tmp_path / "run" / "base" / "config.json").read_text())["model_type"] == "gpt2"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by old names
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_peft_gives_the_same_answers(method: str, tmp_path: Path) -> None:
+    import peft
+
+    output = tmp_path / "run"
+    runs.train(output, runs.document(method))
+    model = peft.PeftModel.from_pretrained(_base(output), str(output / "adapter")).eval()
+    torch.testing.assert_close(_ours(output), _logprobs(model), rtol=1e-5, atol=2e-5)
+    assert not torch.allclose(_ours(output), _logprobs(_base(output)), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by old names
+def test_an_adapter_of_peft_opens_here(tmp_path: Path) -> None:
+    import peft
+
+    runs.train(tmp_path / "made", runs.document())
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(_base(tmp_path / "made"), config).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    found = _ours(tmp_path / "theirs", str(tmp_path / "made" / "base"))
+    torch.testing.assert_close(found, _logprobs(model), rtol=1e-5, atol=2e-5)
+
+
+def _base(output: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(output / "base").eval()
+
+
+@torch.no_grad()
+def _logprobs(model: Any) -> Tensor:
+    ids = torch.tensor([IDS])
+    logits = model(input_ids=ids).logits[0].float().log_softmax(-1)
+    return logits[:-1].gather(1, ids[0, 1:, None])[:, 0]
+
+
+@torch.no_grad()
+def _ours(path: Path, base: str | None = None) -> Tensor:
+    policy = opened.open(opened.find(str(path), base), device="cpu").policy
+    return policy.tokens(build([Row(IDS, (1.0,) * len(IDS), 0)])).logprob
