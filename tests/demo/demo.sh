@@ -5,7 +5,13 @@ run=runs/smollm2-lora
 base=.cache/peftctl/smollm2-135m
 held_out=.cache/peftctl/dialogues/heldout.jsonl
 
-do_() { printf '\n$ %s\n' "$*"; "$@"; }
+# echo a command as a user would type it, then run it
+do_() {
+  local word line=
+  for word; do [[ $word == *[^[:alnum:]/._-]* ]] && word="\"$word\""; line+=" $word"; done
+  printf '\n$%s\n' "$line"
+  "$@"
+}
 
 do_ peftctl count-params recipes/smollm2-lora.yaml
 do_ peftctl eval "$base" --data "$held_out"
