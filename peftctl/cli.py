@@ -156,9 +156,8 @@ def evaluate(
 ) -> None:
     """Loss and perplexity on a file, weighted by token."""
     from peftctl import commands
-    from peftctl.evaluation import evaluate as measure
 
-    result = measure(commands.opened(path, base, device, trust_remote_code), data, max_length)
+    result = commands.evaluate(commands.opened(path, base, device, trust_remote_code), data, max_length, quiet)
     _print(result, json_, commands.described)
 
 

@@ -109,7 +109,7 @@ def merge(
 ) -> dict[str, Any]:
     from peftctl.merging import merge as run
 
-    with _bar("merging", quiet) as progress:
+    with _bar("bytes of weights merged:", quiet) as progress:
         return run(
             adapter,
             output,
@@ -127,6 +127,13 @@ def opened(path: str, base: str | None, device: str, trust_remote_code: bool) ->
 
     found = places.find(path, base, trust_remote_code=trust_remote_code)
     return places.open(found, device=device, trust_remote_code=trust_remote_code)
+
+
+def evaluate(opened: Opened, data: Path, max_length: int, quiet: bool) -> dict[str, Any]:
+    from peftctl.evaluation import evaluate as measure
+
+    with _bar("examples evaluated:", quiet) as progress:
+        return measure(opened, data, max_length, progress)
 
 
 def generate(
@@ -217,10 +224,13 @@ def _readable(value: Any) -> str:
 
 @contextmanager
 def _bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, silence in a pipe."""
+    """A progress bar on a terminal; in a pipe, a plain line once all is done."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as progress:
+    if not sys.stderr.isatty():
+        yield lambda done, total: None if quiet or done < total else print(f"{title} {total:,}", file=sys.stderr)
+        return
+    with Progress(console=Console(stderr=True), disable=quiet) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from peftctl import objectives
+from peftctl.batch import Batch
 from peftctl.data.batches import in_order
 from peftctl.data.dataset import load
 from peftctl.data.formats import recognise
@@ -17,9 +19,16 @@ from peftctl.surgery import device_of
 
 BATCH = 8
 
+Progress = Callable[[int, int], None]
 
-def evaluate(opened: Opened, file: str | Path, max_length: int) -> dict[str, Any]:
-    """Loss, perplexity, tokens (labelled ones) and what else the objective of such data measures. Raises DataError."""
+
+def evaluate(
+    opened: Opened, file: str | Path, max_length: int, progress: Progress = lambda done, total: None
+) -> dict[str, Any]:
+    """Loss, perplexity, tokens (labelled ones) and what else the objective of such data measures. Raises DataError.
+
+    `progress` gets examples done and examples in all.
+    """
     from peftctl.trainer import Question
     from peftctl.trainer import evaluate as measure
 
@@ -29,13 +38,18 @@ def evaluate(opened: Opened, file: str | Path, max_length: int) -> dict[str, Any
         raise DataError(f"{file} holds preference pairs; give dialogues, or prompt and completion, to measure a loss")
     vocabulary = opened.found.skeleton.dimensions.vocabulary
     dataset, report = load(file, opened.chat, objective, config, max_length=max_length, vocabulary=vocabulary)
-    found = measure(
-        Question(objective, config, opened.policy), in_order(dataset, BATCH), device_of(opened.policy.model)
-    )
+    batches = _watched(in_order(dataset, BATCH), len(dataset), progress)
+    found = measure(Question(objective, config, opened.policy), batches, device_of(opened.policy.model))
     assert found is not None  # `load` refuses a file without rows
     loss = found.pop("loss")
     rest = {name: value for name, value in found.items() if name != "tokens"}
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": report.labelled_tokens, **rest}
+
+
+def _watched(batches: Iterable[Batch], total: int, progress: Progress) -> Iterator[Batch]:
+    for number, batch in enumerate(batches, 1):
+        yield batch
+        progress(min(number * BATCH, total), total)
 
 
 def _objective(kind: str, file: str | Path) -> Any:
