@@ -51,7 +51,7 @@ def resolve(
     trust_remote_code: bool = False,
 ) -> Base:
     """The base of that name, fetched or converted if need be. Raises ModelError in one line that says what to do."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if name.endswith(".json"):
         base = Base(name, None, _existing(path), None, None)
     elif name.endswith(".gguf"):
@@ -60,7 +60,7 @@ def resolve(
     elif path.is_dir():
         base = _folder(name, path, None, with_weights)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model.name: there is no folder {name}")
+        raise ModelError(f"there is no folder {name}")
     else:
         base = _hub(name, revision, with_weights)
     if tokenizer is not None:
@@ -102,10 +102,10 @@ def _converted(gguf: Path) -> Path:
 
 def _folder(name: str, folder: Path, revision: str | None, with_weights: bool) -> Base:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"model.name: {folder} holds no config.json, so it is no model")
+        raise ModelError(f"{folder} holds no config.json, so it is no model")
     if with_weights and not any(folder.glob("*.safetensors")):
         found = "only pickles (.bin), which are never read" if any(folder.glob("*.bin")) else "no weights"
-        raise ModelError(f"model.name: {folder} holds {found}; *.safetensors files are needed")
+        raise ModelError(f"{folder} holds {found}; *.safetensors files are needed")
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return Base(name, revision, folder / "config.json", folder, folder if has_tokenizer else None)
 
@@ -128,13 +128,16 @@ def _hub(name: str, revision: str | None, with_weights: bool) -> Base:
     except RevisionNotFoundError:
         raise ModelError(f"{name} has no revision {revision!r}: check model.revision") from None
     except RepositoryNotFoundError:
-        raise ModelError(f"the hub has no model {name!r}: check model.name, or set HF_TOKEN if it is private") from None
+        raise ModelError(
+            f"there is no folder {name!r}, and the hub has no such model: check the name; a private one needs HF_TOKEN"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
         raise ModelError(
-            f"{name} is not on this machine and the hub cannot be reached: connect, or set model.name to a local folder"
+            f"there is no folder {name!r}, and as a hub model it is not on this machine and the hub cannot be reached: "
+            f"connect, or name a local folder"
         ) from None
     except ValueError as error:
-        raise ModelError(f"model.name: {name!r} is neither a folder nor a hub id: {error}") from None
+        raise ModelError(f"{name!r} is neither a folder nor a hub id: {error}") from None
     return _folder(name, folder, folder.name, with_weights)
 
 

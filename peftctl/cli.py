@@ -65,10 +65,9 @@ def train(
     """Train a recipe; the run's folder holds the adapter and what proves it."""
     from peftctl import commands
 
-    given = {"output": output, "train.device": device}
-    overrides = [*set_, *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
+    own = {key: value for key, value in (("output", output), ("train.device", device)) if value is not None}
     options = {"resume": resume, "resume_from": resume_from, "verify": not no_verify, "quiet": quiet}
-    result = commands.train(path, overrides, smoke, dry_run, options | {"trust_remote_code": trust_remote_code})
+    result = commands.train(path, set_, own, smoke, dry_run, options | {"trust_remote_code": trust_remote_code})
     _print(result, json_, commands.described)
 
 
@@ -202,8 +201,11 @@ def _print(result: Any, as_json: bool, readable: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; an error of ours is one line on stderr and an exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    # --quiet and --debug count before and after the command alike
+    anywhere = [word for word in words if word in ("--quiet", "--debug")]
     try:
-        app(args=arguments, prog_name="peftctl")
+        app(args=anywhere + [word for word in words if word not in anywhere], prog_name="peftctl")
     except PeftctlError as error:
         if debug:
             raise

@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 
 
 def train(
-    path: Path, overrides: Sequence[str], smoke: bool, dry_run: bool, options: Mapping[str, Any]
+    path: Path,
+    overrides: Sequence[str],
+    own: Mapping[str, str],
+    smoke: bool,
+    dry_run: bool,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Train, or only check what can be checked before."""
     from peftctl.plan import Options, plan
 
-    wanted, chosen = recipes.load(path, overrides, smoke), Options(**options)
+    wanted, chosen = recipes.load(path, overrides, smoke, own), Options(**options)
     if dry_run:
         planned = plan(wanted, chosen)
         return {"run": wanted.output, "steps": planned.steps, **planned.counts.document(by_module=False)}
@@ -83,6 +88,8 @@ def count_params(
 
     if by not in (None, "module"):
         raise InputError(f"--by {by}: only module is known")
+    if path is not None and (base is not None or method is not None):
+        raise InputError("count-params: --base and --method stand in for a RECIPE; with one, use --set model.name=...")
     if path is not None:
         wanted = recipes.load(path, overrides)
         resolved = bases.resolve(

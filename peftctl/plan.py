@@ -82,9 +82,16 @@ def base_and_chat(
     if wanted.shrink:
         chat = Chat(_tokenizer(wanted.tokenizer), now=now)
         return bases.shrink(_architecture(wanted.name), chat.vocabulary)._replace(tokenizer=chat.folder), chat
-    base = bases.resolve(
-        wanted.name, wanted.revision, wanted.tokenizer, with_weights=with_weights, trust_remote_code=trust_remote_code
-    )
+    try:
+        base = bases.resolve(
+            wanted.name,
+            wanted.revision,
+            wanted.tokenizer,
+            with_weights=with_weights,
+            trust_remote_code=trust_remote_code,
+        )
+    except ModelError as error:
+        raise ModelError(f"model.name: {error}") from None
     return base, Chat(_tokenizer(base.tokenizer), now=now)
 
 

@@ -23,13 +23,20 @@ NAMED: dict[str, Any] = {"method": methods, "objective": objectives}
 TOP = ("extends", "model", "method", "objective", "data", "train", "output")
 
 
-def load(path: Path, overrides: Sequence[str] = (), smoke: bool = False) -> Recipe:
-    """The recipe in a file with what it extends, smoke settings and overrides laid over it. Raises RecipeError."""
+def load(
+    path: Path, overrides: Sequence[str] = (), smoke: bool = False, options: Mapping[str, str] | None = None
+) -> Recipe:
+    """The recipe in a file with what it extends, smoke settings and overrides laid over it. Raises RecipeError.
+
+    `options` are keys that have a command-line option of their own name, which a mistake is blamed on.
+    """
     problems: list[Problem] = []
     root = Files(problems).extended(found(Path(), str(path)))
     if smoke:
         root = merged(root, _smoke(root))
     root = merged(root, overridden(overrides, problems))
+    for key, value in (options or {}).items():
+        root = merged(root, placed(key, value, Place(f"--{key.split('.')[-1]} {value}")))
     if smoke:
         root = _with_rows(root)
     return _validated(root, problems)

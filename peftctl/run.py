@@ -148,7 +148,9 @@ def _load(planned: Plan, folder: RunFolder, state: State | None, options: Option
     """Base, deltas, reference and optimizer, as they are at the state's step (or at 0)."""
     recipe, settings = planned.recipe, planned.recipe.train
     objective = objectives.get(recipe.objective.name)
-    device = models.device(settings.device)
+    # an automatic choice is made once: whoever resumes gets the same kernels
+    chosen = folder.choice("device") if settings.device == "auto" else None
+    device = models.device(chosen or settings.device)
     trust = options.trust_remote_code
     model = models.load(planned.base, recipe.model.dtype, device, settings.seed, trust_remote_code=trust)
     if not objective.base_dropout:

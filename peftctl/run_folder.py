@@ -189,8 +189,9 @@ def changes(before: dict[str, Any], planned: Plan) -> list[str]:
         found += _differences(f"train.{key}", recipe["train"][key], after["train"][key])
     found += _differences("the data's content", before["data"], _data(planned))
     if not before["random_base"]:
-        found += _differences("model.revision", before["base"]["revision"], planned.base.revision)
-        found += _differences("the base's content", before["base"]["fingerprint"], bases.fingerprint(planned.base))
+        base = before["base"]
+        found += _differences("model.revision", base["revision"], planned.base.revision)
+        found += _differences("the base's content", base.get("fingerprint"), bases.fingerprint(planned.base))
     return found
 
 

@@ -77,6 +77,8 @@ def train(job: Job, progress: Progress) -> Progress:
     origin = time.perf_counter() - progress.seconds
     if progress.step:
         _between(job, progress, saved=True)  # a checkpoint comes before its step's evaluation
+    elif (number := job.stop()) is not None:
+        raise Stopped("stopped before the first step; --resume starts it", number)
     while not job.finished(progress):
         begun = time.perf_counter()
         step = progress.step + 1

@@ -124,7 +124,7 @@ def test_train_prints_one_document_and_its_progress_on_stderr(call: Call, tmp_pa
     assert result["train_loss"] == [e["loss"] for e in events if e["event"] == "step"][-1]
     assert result["validation_loss"] == [e["validation_loss"] for e in events if e["event"] == "evaluation"][-1]
     assert "training" in answer.err
-    again = call("--quiet", "train", SMOKE, "--output", "12")
+    again = call("train", SMOKE, "--output", "12", "--quiet")
     assert again.code == 0 and again.err == ""  # a random base's run is nothing precious
     resumed = call("train", SMOKE, "--json", "--output", "12", "--resume").document
     assert resumed["steps"] == 4
@@ -218,16 +218,22 @@ def test_merge_answers_as_base_and_adapter_do(call: Call, trained: Path) -> None
             ["train", SMOKE, "--set", "train.keep=0"],
             "--set train.keep=0: train.keep is 0; a number at least 1 is meant",
         ),
-        (["train", SMOKE, "--device", "abacus"], ".*train.device: 'abacus' is no"),
+        (["train", SMOKE, "--device", "abacus"], "--device abacus: train.device.*"),
+        (["train", SMOKE, "--output", ""], "--output : output is a folder"),
         (["train", SMOKE, "--set", "method.target_modules=[q_prj]"], "method.target_modules: .*q_proj"),
         (["train", SMOKE, "--set", "data.train=none.jsonl"], ".*none.jsonl"),
-        (["train", SMOKE, "--set", "model.name=org/none"], "org/none is not on this machine and the hub cannot be "),
+        (
+            ["train", SMOKE, "--set", "model.name=org/none"],
+            "model.name: there is no folder 'org/none', and as a hub model it is not on this machine",
+        ),
         (["count-params"], "count-params: give a RECIPE, or --base and --method"),
         (["count-params", "--base", TINY, "--method", "lroa"], "--method lroa: .*did you mean lora"),
-        (["count-params", "--base", "org/none", "--method", "lora"], "org/none is not on this machine"),
+        (["count-params", "--base", "org/none", "--method", "lora"], "there is no folder 'org/none', and as a hub"),
+        (["count-params", SMOKE, "--base", TINY], "count-params: --base and --method stand in for a RECIPE"),
         (["generate", "./none", "--prompt", "x"], ".*none"),
         (["generate", TINY, "--prompt", "x"], ".*tokenizer"),
-        (["eval", "org/none", "--data", ROWS], "org/none is not on this machine"),
+        (["eval", "org/none", "--data", ROWS], "there is no folder 'org/none', and as a hub model"),
+        (["eval", "~/none", "--data", ROWS], "there is no folder ~/none"),
         (["merge", "./none", "--output", "x"], ".*none"),
     ],
 )

@@ -51,13 +51,13 @@ def test_begins_with_a_comment_a_reader_learns_from(path: Path) -> None:
 
 
 def test_trains_as_a_smoke_run(path: Path) -> None:
-    check(commands.train(path, [], True, False, OPTIONS), 2, folds(path))
+    check(commands.train(path, [], {}, True, False, OPTIONS), 2, folds(path))
 
 
 def test_trains_as_it_is_where_nothing_need_be_fetched(path: Path) -> None:
     loaded = recipe.load(path)
     if all(Path(name).is_file() for name in (loaded.model.name, loaded.data.train)):
-        result = commands.train(path, [], False, False, OPTIONS)
+        result = commands.train(path, [], {}, False, False, OPTIONS)
         check(result, loaded.train.max_steps or 0, folds(path))
         shutil.rmtree(str(result["run"]))
     else:

@@ -315,6 +315,13 @@ def test_signal_finishes_the_step_saves_and_skips_the_evaluation(number: int) ->
     assert run.saved[0].position == 12
 
 
+def test_signal_while_loading_ends_before_the_first_step() -> None:
+    run = make(Shuffled(make_rows(10)), stop=lambda: 15)
+    with pytest.raises(Stopped, match="before the first step") as caught:
+        run.train()
+    assert caught.value.exit_code == 143 and run.saved == [] and run.kinds() == []
+
+
 def test_signal_in_an_evaluation_cuts_it_short() -> None:
     calls = 0
 
