@@ -9,15 +9,13 @@ from typing import Any
 
 from peftctl import objectives
 from peftctl.batch import Batch
-from peftctl.data.batches import in_order
+from peftctl.data.batches import each_once
 from peftctl.data.dataset import load
 from peftctl.data.formats import recognise
 from peftctl.data.sources import read
 from peftctl.errors import DataError
 from peftctl.opened import Opened
 from peftctl.surgery import device_of
-
-BATCH = 8
 
 Progress = Callable[[int, int], None]
 
@@ -38,7 +36,8 @@ def evaluate(
         raise DataError(f"{file} holds preference pairs; give dialogues, or prompt and completion, to measure a loss")
     vocabulary = opened.found.skeleton.dimensions.vocabulary
     dataset, report = load(file, opened.chat, objective, config, max_length=max_length, vocabulary=vocabulary)
-    batches = _watched(in_order(dataset, BATCH), len(dataset), progress)
+    padded = opened.policy.layout.name == "padded"
+    batches = _watched(each_once(dataset, padded=padded), len(dataset), progress)
     found = measure(Question(objective, config, opened.policy), batches, device_of(opened.policy.model))
     assert found is not None  # `load` refuses a file without rows
     loss = found.pop("loss")
@@ -47,9 +46,11 @@ def evaluate(
 
 
 def _watched(batches: Iterable[Batch], total: int, progress: Progress) -> Iterator[Batch]:
-    for number, batch in enumerate(batches, 1):
+    done = 0
+    for batch in batches:
         yield batch
-        progress(min(number * BATCH, total), total)
+        done += len(set(batch.examples))
+        progress(done, total)
 
 
 def _objective(kind: str, file: str | Path) -> Any:

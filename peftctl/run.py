@@ -212,8 +212,11 @@ def _job(
         planned.data.train,
         batch_size=settings.batch_size,
         gradient_accumulation=settings.gradient_accumulation,
+        tokens=settings.tokens_per_batch,
+        bucket=recipe.data.bucket,
         seed=settings.seed,
         share=recipe.data.share_starts,
+        padded=training.policy.layout.name == "padded",
         total=planned.examples,
         validation=planned.data.validation,
     )

@@ -28,7 +28,7 @@ from peftctl.schema import Recipe
 PACKAGES = ("peftctl", "torch", "transformers", "tokenizers", "safetensors")
 # what a resumed run may not change: the rest (rate, steps, saving) is the user's to adjust
 FIXED = ("model", "method", "objective", "data")
-FIXED_TRAIN = ("seed", "batch_size", "gradient_accumulation", "optimizer")
+FIXED_TRAIN = ("seed", "batch_size", "gradient_accumulation", "tokens_per_batch", "optimizer")
 
 
 class RunFolder:
@@ -186,7 +186,7 @@ def changes(before: dict[str, Any], planned: Plan) -> list[str]:
         # a revision may be pinned later, to what it was
         found += _differences(block, *({**blocks[block], "revision": None} for blocks in (recipe, after)))
     for key in FIXED_TRAIN:
-        found += _differences(f"train.{key}", recipe["train"][key], after["train"][key])
+        found += _differences(f"train.{key}", recipe["train"].get(key), after["train"][key])
     found += _differences("the data's content", before["data"], _data(planned))
     if not before["random_base"]:
         base = before["base"]

@@ -37,6 +37,9 @@ class DataConfig(Block):
     on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with a row that cannot be used")
     share_starts: bool = Field(True, description="compute once what rows share at their start")
     limit: int | None = Field(None, ge=1, description="the first rows only")
+    bucket: int | None = Field(
+        None, ge=1, description="optimizer steps whose rows are sorted by length together, cut into steps and shuffled"
+    )
 
 
 def _device(name: str) -> str:
@@ -51,6 +54,11 @@ class TrainConfig(Block):
     max_time: float | None = Field(None, gt=0, description="minutes after which the run ends as if finished")
     batch_size: int = Field(8, ge=1, description="examples a micro-batch")
     gradient_accumulation: int = Field(1, ge=1, description="micro-batches an optimizer step")
+    tokens_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens a micro-batch; the step has as many examples as without, a longer one alone",
+    )
     learning_rate: float = Field(2e-4, gt=0, description="peak of the schedule")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up")
     warmup: float = Field(0.03, ge=0, description="below 1 a fraction of the steps, from 1 on a number of steps")

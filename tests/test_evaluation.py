@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from peftctl import objectives, opened
+from peftctl import evaluation, objectives, opened
+from peftctl.data.batches import each_once
 from peftctl.data.dataset import load
 from peftctl.errors import DataError, ModelError
 from peftctl.evaluation import evaluate
@@ -52,6 +54,20 @@ def test_a_run_an_adapter_and_a_model_are_measured(part: str, output: Path) -> N
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert found["tokens"] == tokens
+
+
+def test_the_size_of_micro_batches_changes_nothing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, steps = [], []
+    for tokens in (1, 250, 4096):
+        monkeypatch.setattr(evaluation, "each_once", functools.partial(each_once, tokens=tokens))
+        seen: list[tuple[int, int]] = []
+        found.append(evaluate(_open(output), DATA, 1024, lambda *place, seen=seen: seen.append(place)))
+        steps.append(seen)
+    examples = len(DATA.read_text().splitlines())
+    assert steps[0] == [(done, examples) for done in range(1, examples + 1)]
+    assert all(seen[-1] == (examples, examples) for seen in steps) and len(steps[0]) > len(steps[1]) > len(steps[2])
+    assert all(found[0] == pytest.approx(other, rel=1e-5) for other in found[1:])
+    assert found[0]["token_accuracy"] == found[2]["token_accuracy"]
 
 
 def test_training_lowers_the_loss(output: Path) -> None:

@@ -59,8 +59,10 @@ def test_stopped_after_every_step_equals_never_stopped(method: str, objective: s
         {"train": {"optimizer": "adafactor"}},
         {"train": {"gradient_checkpointing": True}, "method": {"dropout": 0.1}},
         {"train": {"max_steps": None, "epochs": 2}},  # the last step is smaller
+        {"train": {"tokens_per_batch": 160}, "data": {"bucket": 2}, "method": {"dropout": 0.1}},
+        {"model": {"layout": "padded"}, "data": {"bucket": 1}},
     ],
-    ids=["dropout", "gpt2", "few", "sgd", "adafactor", "recomputed", "epochs"],
+    ids=["dropout", "gpt2", "few", "sgd", "adafactor", "recomputed", "epochs", "packed", "padded"],
 )
 def test_what_else_a_run_may_draw_on_is_kept(blocks: dict[str, Any], tmp_path: Path) -> None:
     contents = runs.document(**blocks)
@@ -133,6 +135,8 @@ def test_a_finished_run_goes_on_when_more_is_asked(tmp_path: Path) -> None:
         ({"data": {"limit": 8}}, "data.limit: 9 -> 8"),
         ({"train": {"seed": 1}}, "train.seed: 0 -> 1"),
         ({"train": {"batch_size": 1}}, "train.batch_size: 2 -> 1"),
+        ({"train": {"tokens_per_batch": 99}}, "train.tokens_per_batch: None -> 99"),
+        ({"data": {"bucket": 4}}, "data.bucket: None -> 4"),
     ],
 )
 def test_another_job_is_refused_by_the_key(blocks: dict[str, Any], key: str, tmp_path: Path) -> None:

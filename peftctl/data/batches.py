@@ -1,19 +1,25 @@
-"""The batches of a run: a step's examples by its position, as forests."""
+"""The batches of a run: a step's examples by its position, put together by their sizes, as forests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from peftctl.batch import Batch, build
-from peftctl.data.dataset import Dataset, every
-from peftctl.data.order import examples
+from peftctl.data import packing
+from peftctl.data.dataset import Dataset
+from peftctl.data.order import Buckets, examples
+
+EVALUATED = 4096  # tokens of a micro-batch that needs no gradients
 
 
 class Batches:
     """Micro-batches for each optimizer step. The place is one integer: the examples consumed so far.
 
-    `total`: examples after which the run ends; None for no end. `share`: whether what rows share at their start is
-    computed once.
+    Which examples a step has depends on nothing but the seed (and, with `bucket`, their sizes); how they are cut into
+    micro-batches, of `batch_size` examples or of at most `tokens` tokens, changes memory and speed alone.
+
+    `bucket`: steps whose examples are sorted together. `total`: examples after which the run ends; None for no end.
+    `share`: whether what rows share at their start is computed once. `padded`: whether rows are laid out as rectangles.
     """
 
     def __init__(
@@ -22,8 +28,11 @@ class Batches:
         *,
         batch_size: int,
         gradient_accumulation: int = 1,
+        tokens: int | None = None,
+        bucket: int | None = None,
         seed: int = 0,
         share: bool = True,
+        padded: bool = False,
         total: int | None = None,
         validation: Dataset | None = None,
     ) -> None:
@@ -31,25 +40,38 @@ class Batches:
         self.validation = validation
         self.batch_size = batch_size
         self.per_step = batch_size * gradient_accumulation
+        self.tokens = tokens
+        self.sizes = train.sizes(padded)
+        self.buckets = Buckets(self.sizes, self.per_step, bucket) if bucket is not None else None
         self.seed = seed
-        self.share = "all" if share else "none"
+        self.share = share
+        self.padded = padded
         self.total = total
 
     def step(self, position: int) -> tuple[list[Batch], int]:
         """The micro-batches of the step at `position`, and the position after it. The last step may be smaller, and
         after it there is none: an empty list."""
         count = self.per_step if self.total is None else max(0, min(self.per_step, self.total - position))
-        chosen = examples(position, count, len(self.train), self.seed)
-        parts = [chosen[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
-        return [build(self.train.rows(part), share=self.share) for part in parts], position + count
+        chosen = examples(position, count, len(self.train), self.seed, self.buckets)
+        parts = [[chosen[place] for place in part] for part in self._parts([self.sizes[i] for i in chosen])]
+        return [build(self.train.rows(part), share=_share(self.share)) for part in parts], position + count
 
-    def evaluation(self, batch_size: int | None = None) -> Iterator[Batch]:
-        """The held-out examples in order; nothing when there are none."""
+    def _parts(self, sizes: list[int]) -> packing.Parts:
+        if self.tokens is not None:
+            return packing.within(sizes, self.tokens, self.padded)
+        return packing.even(sizes, self.batch_size, self.padded)
+
+    def evaluation(self) -> Iterator[Batch]:
+        """The held-out examples; nothing when there are none."""
         if self.validation is not None:
-            yield from in_order(self.validation, batch_size or self.batch_size, self.share == "all")
+            yield from each_once(self.validation, self.share, self.padded)
 
 
-def in_order(dataset: Dataset, batch_size: int, share: bool = True) -> Iterator[Batch]:
-    """All examples of a dataset in order, each once."""
-    for rows in every(dataset, batch_size):
-        yield build(rows, share="all" if share else "none")
+def each_once(dataset: Dataset, share: bool = True, padded: bool = False, tokens: int = EVALUATED) -> Iterator[Batch]:
+    """All examples of a dataset, in order unless they are padded; `tokens`: the most in a batch of several."""
+    for part in packing.in_order(dataset.sizes(padded), tokens, padded):
+        yield build(dataset.rows(part), share=_share(share))
+
+
+def _share(share: bool) -> str:
+    return "all" if share else "none"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -42,6 +42,11 @@ class Dataset:
     def rows(self, indices: Sequence[int]) -> list[Row]:
         """The rows of these examples, in order."""
         return list(chain.from_iterable(self.examples[index] for index in indices))
+
+    def sizes(self, padded: bool = False) -> list[int]:
+        """Of each example, its rows' tokens; `padded`: as a rectangle, each row as long as the example's longest."""
+        lengths = [[len(row.ids) for row in rows] for rows in self.examples]
+        return [len(own) * max(own) if padded else sum(own) for own in lengths]
 
     def subset(self, indices: Sequence[int]) -> Dataset:
         """These examples alone, numbered anew."""
@@ -199,9 +204,3 @@ def _refusal(name: str, faults: Sequence[Fault], total: int, on_bad_row: str) ->
     elif on_bad_row != "skip":
         lines.append(f"{name}: {len(faults)} of {total} rows cannot be used; data.on_bad_row: skip leaves them out")
     return "\n".join(lines)
-
-
-def every(dataset: Dataset, size: int) -> Iterator[list[Row]]:
-    """The rows of the whole dataset in order, `size` examples at a time."""
-    for start in range(0, len(dataset), size):
-        yield dataset.rows(range(start, min(start + size, len(dataset))))

@@ -1,14 +1,29 @@
 """The order in which examples are seen: pure functions of (n, seed, epoch), the same on every machine and Python.
 
-The place in a run is one integer, the number of examples consumed from the endless concatenation of epochs.
+The place in a run is one integer, the number of examples consumed from the endless concatenation of epochs. Where rows
+of like length are to meet in one optimizer step, the order depends on their lengths as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
+from typing import TypeVar
 
 SPLIT = -1  # the epoch whose order chooses the held-out rows
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)  # told apart by identity: to compare all sizes at every step would be slow
+class Buckets:
+    """Which optimizer steps are regrouped by length: `steps` at a time, of `step` examples each."""
+
+    sizes: Sequence[int]  # of each example, in tokens
+    step: int
+    steps: int
 
 
 def order(n: int, seed: int, epoch: int) -> list[int]:
@@ -18,21 +33,47 @@ def order(n: int, seed: int, epoch: int) -> list[int]:
 
 @lru_cache(maxsize=4)
 def _order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(_shuffled(range(n), f"peftctl order, seed {seed}, epoch {epoch}"))
+
+
+def _shuffled(items: Iterable[T], name: str) -> list[T]:
     # Fisher-Yates by hand: `random()` of a string seed is promised to stay the same, `shuffle` is not
-    random = Random(f"peftctl order, seed {seed}, epoch {epoch}")
-    items = list(range(n))
-    for last in range(n - 1, 0, -1):
+    random, mixed = Random(name), list(items)
+    for last in range(len(mixed) - 1, 0, -1):
         other = int(random.random() * (last + 1))
-        items[last], items[other] = items[other], items[last]
+        mixed[last], mixed[other] = mixed[other], mixed[last]
+    return mixed
+
+
+@lru_cache(maxsize=4)
+def _bucketed(buckets: Buckets, seed: int, epoch: int) -> tuple[int, ...]:
+    """An epoch's order, still a permutation. What belongs to a step that spans two epochs stays where it is."""
+    n, step = len(buckets.sizes), buckets.step
+    items = list(_order(n, seed, epoch))
+    first = -epoch * n % step  # where the first step begins that lies wholly in this epoch
+    end = first + (n - first) // step * step
+    for start in range(first, end, step * buckets.steps):
+        stop = min(start + step * buckets.steps, end)
+        name = f"peftctl buckets, seed {seed}, epoch {epoch}, from {start}"
+        items[start:stop] = _regrouped(items[start:stop], buckets, name)
     return tuple(items)
 
 
-def examples(position: int, count: int, n: int, seed: int) -> list[int]:
+def _regrouped(items: list[int], buckets: Buckets, name: str) -> list[int]:
+    """The examples of some steps: sorted by length, cut into steps, and the steps shuffled."""
+    places = sorted(range(len(items)), key=lambda place: buckets.sizes[items[place]])
+    # within a step as shuffled: where the last step of a run is cut short, the short rows must not be what is left
+    steps = [sorted(places[start : start + buckets.step]) for start in range(0, len(items), buckets.step)]
+    return [items[place] for step in _shuffled(steps, name) for place in step]
+
+
+def examples(position: int, count: int, n: int, seed: int, buckets: Buckets | None = None) -> list[int]:
     """The `count` examples from `position` on, of the endless concatenation of the epochs of `n` examples."""
     chosen: list[int] = []
     while len(chosen) < count:
         epoch, start = divmod(position + len(chosen), n)
-        chosen += _order(n, seed, epoch)[start : start + count - len(chosen)]
+        whole = _order(n, seed, epoch) if buckets is None else _bucketed(buckets, seed, epoch)
+        chosen += whole[start : start + count - len(chosen)]
     return chosen
 
 

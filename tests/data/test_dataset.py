@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from peftctl.data.chat import Chat
-from peftctl.data.dataset import every, load, prepare
+from peftctl.data.dataset import load, prepare
 from peftctl.errors import DataError
 from peftctl.objectives import get
 
@@ -184,9 +184,7 @@ def test_a_held_out_file_and_a_limit(here, chat):
     assert prepared.validation_report.name == "held.jsonl" and prepared.validation.places[0] == "held.jsonl:1"
 
 
-def test_every_row_in_order(here, chat):
-    write(here, *[talk("q", f"answer {i}") for i in range(7)])
-    data, _ = load("train.jsonl", chat, SFT, PLAIN)
-    parts = list(every(data, 3))
-    assert [len(part) for part in parts] == [3, 3, 1]
-    assert [row.example for part in parts for row in part] == list(range(7))
+def test_sizes_count_a_pairs_rows_together(here, chat):
+    write(here, pair("q", "a", "a longer answer"))
+    data, report = load("train.jsonl", chat, DPO, PAIRS)
+    assert data.sizes() == [report.tokens] and data.sizes(padded=True) == [2 * report.longest]
