@@ -58,6 +58,7 @@ def train(
     device: Annotated[str | None, typer.Option(help="in place of train.device")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, train nothing")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="2 steps on a tiny random model, no downloads")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="tell where the time went; write RUN/trace.json")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="skip the proof after training")] = False,
     trust_remote_code: Trust = False,
     json_: Json = False,
@@ -67,7 +68,8 @@ def train(
 
     own = {key: value for key, value in (("output", output), ("train.device", device)) if value is not None}
     options = {"resume": resume, "resume_from": resume_from, "verify": not no_verify, "quiet": quiet}
-    result = commands.train(path, set_, own, smoke, dry_run, options | {"trust_remote_code": trust_remote_code})
+    options |= {"profile": profile, "trust_remote_code": trust_remote_code}
+    result = commands.train(path, set_, own, smoke, dry_run, options)
     _print(result, json_, commands.described)
 
 

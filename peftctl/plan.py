@@ -30,6 +30,7 @@ class Options(NamedTuple):
     verify: bool = True
     trust_remote_code: bool = False
     quiet: bool = False
+    profile: bool = False
     now: datetime | None = None  # what a chat template is told; of a resumed run, what it was told before
 
 

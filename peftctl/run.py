@@ -23,6 +23,7 @@ from peftctl.methods.attachment import Attachment
 from peftctl.opened import policy_of
 from peftctl.plan import Options, Plan, plan
 from peftctl.policy import Policy, Reference, checkpointed, frozen_copy
+from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
 from peftctl.report import Log, Sink, display, read, tee, truncate
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
@@ -61,12 +62,14 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
         log = folder.path / "metrics.jsonl"
         truncate(log, training.progress.step)
         with Log(log) as lines:
-            progress = _stoppable(folder, _job(planned, folder, training, lines, shown, stop), training.progress)
+            job = _job(planned, folder, training, lines, shown, stop)
+            progress, shares = _followed(folder, job, training.progress, options.profile, shown.notice)
         written = _write(planned, folder, training)
         proof = prove(training.policy, training.start, planned, written) if options.verify else None
         merged = _merged(folder, written, shown.notice) if random_base else None
     events = {event["event"]: event for event in read(log)}  # the last of each kind
-    return folder.finish(_result(folder, written, progress, events, proof, merged, time.perf_counter() - begun))
+    result = _result(folder, written, progress, events, proof, merged, time.perf_counter() - begun)
+    return folder.finish(result if shares is None else result | {"profile": shares})
 
 
 def _same_threads(before: int | None, notice: Callable[[str], None]) -> None:
@@ -75,6 +78,16 @@ def _same_threads(before: int | None, notice: Callable[[str], None]) -> None:
     if before is not None and before != now:
         notice(f"using {before} threads as the run did so far, not {now}, for equal bits")
         torch.set_num_threads(before)
+
+
+def _followed(
+    folder: RunFolder, job: Job, progress: Progress, profile: bool, notice: Callable[[str], None]
+) -> tuple[Progress, dict[str, float] | None]:
+    """Run the loop; with `profile`, also what share of the time each part of its steps took."""
+    if not profile:
+        return _stoppable(folder, job, progress), None
+    with profiled(job, progress.step, folder.path / "trace.json", notice) as (watched, clock):
+        return _stoppable(folder, watched, progress), clock.shares()
 
 
 def _stoppable(folder: RunFolder, job: Job, progress: Progress) -> Progress:
