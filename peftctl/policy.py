@@ -20,6 +20,7 @@ from peftctl.batch import Batch
 from peftctl.errors import ModelError
 from peftctl.head import Head
 from peftctl.kernels import attention
+from peftctl.kernels.rectangles import plan
 from peftctl.kernels.token_stats import token_stats
 from peftctl.methods.attachment import Attachment, Virtual
 from peftctl.objectives.base import TokenStats
@@ -83,7 +84,7 @@ class Policy(nn.Module):
 
     def _forest(self, batch: Batch, virtual: Virtual | None) -> Tensor:
         length = virtual.length if virtual else 0
-        state = attention.Running(attention.plan(batch), *(virtual[1:] if virtual else ()))
+        state = attention.Running(plan(batch), *(virtual[1:] if virtual else ()))
         positions = batch.positions + length + self.layout.first_position
         with attention.running(self.model, state):
             output = self.trunk(input_ids=batch.ids[None], **self._positions(positions[None]), **self._no_cache)
