@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from peftctl.batch import Batch, build
 from peftctl.data import packing
-from peftctl.data.dataset import Dataset
+from peftctl.data.encoded import Dataset
 from peftctl.data.order import Buckets, examples
 
 EVALUATED = 4096  # tokens of a micro-batch that needs no gradients

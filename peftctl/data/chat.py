@@ -5,6 +5,7 @@ It is made from a tokenizer's folder with `tokenizers` alone, which takes millis
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -79,6 +80,13 @@ class Chat:
     def token(self, index: int) -> str:
         """The token of an id, as the vocabulary spells it."""
         return self.tokenizer.id_to_token(index) or f"<{index}>"
+
+    def fingerprint(self) -> str:
+        """The sha256 of all that an encoding, or a refusal's words, depends on."""
+        told = self.template.now.isoformat() if self.template and "strftime_now" in self.template.source else None
+        source = self.template.source if self.template else None
+        rest = json.dumps([str(self.folder), self.tokens, self.eos_ids, source, told])
+        return hashlib.sha256((self.folder / "tokenizer.json").read_bytes() + rest.encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files and write the template that was used."""

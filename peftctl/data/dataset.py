@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from peftctl.data import cache
+from peftctl.data.encoded import Dataset, Report
 from peftctl.data.formats import DESCRIBED, recognise
 from peftctl.data.order import split
 from peftctl.data.sources import Fault, read
@@ -23,52 +24,10 @@ class Tokenizer(Encoder, Protocol):
 
     def token(self, index: int) -> str: ...
 
+    def fingerprint(self) -> str: ...
+
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Encoded examples: of each its rows (a pair has two), whose `example` is its index here, and its place."""
-
-    name: str
-    examples: tuple[tuple[Row, ...], ...]
-    places: tuple[str, ...]
-    fingerprint: str  # sha256 of the file
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def rows(self, indices: Sequence[int]) -> list[Row]:
-        """The rows of these examples, in order."""
-        return list(chain.from_iterable(self.examples[index] for index in indices))
-
-    def sizes(self, padded: bool = False) -> list[int]:
-        """Of each example, its rows' tokens; `padded`: as a rectangle, each row as long as the example's longest."""
-        lengths = [[len(row.ids) for row in rows] for rows in self.examples]
-        return [len(own) * max(own) if padded else sum(own) for own in lengths]
-
-    def subset(self, indices: Sequence[int]) -> Dataset:
-        """These examples alone, numbered anew."""
-        chosen = [tuple(row._replace(example=new) for row in self.examples[old]) for new, old in enumerate(indices)]
-        return Dataset(self.name, tuple(chosen), tuple(self.places[i] for i in indices), self.fingerprint)
-
-
-class Report(NamedTuple):
-    """What became of a file's rows. Tokens are counted in all rows of the kept examples."""
-
-    name: str
-    kind: str
-    read: int
-    kept: int
-    refused: int
-    faults: tuple[Fault, ...]  # the first ten
-    tokens: int
-    labelled_tokens: int
-    unlabelled: int  # examples refused because no token of theirs would be learnt
-    ended: int  # kept rows whose last label is an end token; far fewer than rows: the model will not learn to stop
-    longest: int
-    unused: tuple[str, ...]  # columns that nothing reads
 
 
 class Prepared(NamedTuple):
@@ -122,11 +81,28 @@ def load(
     limit: int | None = None,
     vocabulary: int | None = None,
 ) -> tuple[Dataset, Report]:
-    """The examples of one file, encoded by the objective under its `config`.
+    """The examples of one file, encoded by the objective under its `config`; of a large file, once (see `cache`).
 
     Raises DataError for a file of a kind that the objective does not learn from, for one of which no row can be used,
     and, unless `on_bad_row` is `skip`, for any row that cannot be used.
     """
+    options = (format, columns, max_length, on_bad_row, limit, vocabulary)
+    key = cache.key(path, chat.fingerprint, objective, config, options)
+    return cache.kept(key, lambda: _encoded(path, chat, objective, config, *options))
+
+
+def _encoded(
+    path: str | Path,
+    chat: Tokenizer,
+    objective: Objective[Any],
+    config: Any,
+    format: str,
+    columns: Mapping[str, str] | None,
+    max_length: int,
+    on_bad_row: str,
+    limit: int | None,
+    vocabulary: int | None,
+) -> tuple[Dataset, Report]:
     source = read(path, limit)
     found = recognise(source, format, columns)
     if found.examples and found.kind not in objective.kinds:

@@ -7,7 +7,7 @@ from itertools import cycle
 import pytest
 
 from peftctl.data.batches import Batches, each_once
-from peftctl.data.dataset import Dataset
+from peftctl.data.encoded import Dataset
 from peftctl.data.order import examples
 from peftctl.row import Row
 

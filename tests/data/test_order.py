@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peftctl.data.order import Buckets, examples, order, split
@@ -48,6 +48,7 @@ def test_bucketed_epochs_are_permutations_and_may_be_cut_anywhere(buckets, count
 
 
 @given(BUCKETS, st.integers(0, 9))
+@example(Buckets([7 * i % 13 for i in range(13)], 4, 2), 0)
 def test_steps_that_span_two_epochs_stay_as_shuffled(buckets, seed):
     n, step = len(buckets.sizes), buckets.step
     for start in range(0, 4 * n, step):
