@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv format format-check lint types unit test test-all demo demo-data wheel clean
+.PHONY: help venv format format-check lint types unit test test-all demo demo-data bench-speed wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -49,6 +49,9 @@ demo-data: venv ## Fetch the demo's base model and dialogues into .cache
 
 demo: demo-data ## The whole job on a real model: count, train, evaluate, merge, generate
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(OFFLINE) tests/demo/demo.sh
+
+bench-speed: demo-data ## Measure the speed against TRL + peft; ARGS="--list" and others, see tests/benchmarks/speed.py
+	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
 
 wheel: venv ## Build the wheel into dist
 	$(BIN)/python -m build --wheel
