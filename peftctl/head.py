@@ -12,25 +12,36 @@ import torch
 from torch import Tensor, nn
 
 from peftctl.errors import ModelError
+from peftctl.kernels.matrix import matrix
+from peftctl.kernels.token_stats import FrozenHead
 from peftctl.surgery import device_of, head_path
+
+Finish = Callable[[Tensor], Tensor]
 
 
 class Head:
     """Hidden states (n, d) to logits (n, vocabulary). `paths`: the modules of the model that lie inside it."""
 
-    def __init__(self, matrix: nn.Module, finish: Callable[[Tensor], Tensor], path: str) -> None:
-        self.matrix = matrix
+    def __init__(self, module: nn.Module, finish: Finish | None, path: str) -> None:
+        self.module = module
         self.finish = finish
         self.paths = (path,)
-        self.vocabulary: int = matrix.weight.shape[0]  # type: ignore[assignment,index]
+        self.vocabulary: int = module.weight.shape[0]  # type: ignore[assignment,index]
+        self.frozen = self.multiplied_by(pack=False)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.finish(self.matrix(hidden))
+        logits: Tensor = self.module(hidden)
+        return logits if self.finish is None else self.finish(logits)
+
+    def multiplied_by(self, pack: bool) -> FrozenHead:
+        """The same without deltas, its matrix in the device's fastest form if it is packed."""
+        weight, bias = self.module.weight, getattr(self.module, "bias", None)
+        return FrozenHead(matrix(weight.detach(), bias, pack=pack), self.finish)  # type: ignore[operator]
 
 
-def _finishes(config: Any) -> list[Callable[[Tensor], Tensor]]:
+def _finishes(config: Any) -> list[Finish | None]:
     """What families do to the raw logits: nothing, a soft cap (Gemma 2), a multiplier (Cohere), a divisor (Granite)."""
-    finishes: list[Callable[[Tensor], Tensor]] = [lambda logits: logits]
+    finishes: list[Finish | None] = [None]
     cap = getattr(config, "final_logit_softcapping", None)
     scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     if cap:
@@ -53,7 +64,7 @@ def head_of(model: Any) -> Head | None:
     expected = model(input_ids=ids).logits[0].float()
     hidden = model.base_model(input_ids=ids)[0][0]
     heads = [Head(model.get_submodule(path), finish, path) for finish in _finishes(config)]
-    if hidden.shape[-1] == heads[0].matrix.weight.shape[1]:  # type: ignore[index]
+    if hidden.shape[-1] == heads[0].module.weight.shape[1]:  # type: ignore[index]
         # the nearest, not the first that is near: small logits hardly feel a soft cap
         errors = [float((head(hidden).float() - expected).abs().max()) for head in heads]
         if min(errors) <= 1e-2 * float(expected.abs().max()):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peftctl.batch import Batch
 from peftctl.errors import ModelError
+from peftctl.fuse import fuse
 from peftctl.head import Head
 from peftctl.kernels import attention
 from peftctl.kernels.rectangles import plan
@@ -46,6 +47,7 @@ class Policy(nn.Module):
         self.attachment = attachment
         self.layout = layout
         self.head = head
+        self.packed = False  # whether the kernels keep copies of the matrices in the device's own order
         self.attention_calls = 0  # how often the last forest asked for attention: what the layout check compares
 
     def forward(self, batch: Batch) -> TokenStats:
@@ -53,8 +55,16 @@ class Policy(nn.Module):
             raise ModelError(f"{type(self.model).__name__} has no output head that predicts tokens")
         hidden, places = self.hidden(batch)
         at_labels = hidden[places]
-        frozen = not any(path.startswith(tuple(self.head.paths)) for path in self.attachment.paths)
+        trained = any(path.startswith(tuple(self.head.paths)) for path in self.attachment.paths)
+        frozen = None if trained else self.head.frozen
         return TokenStats(*token_stats(at_labels, batch.labels.target, self.head, self.head.vocabulary, frozen))
+
+    def fuse(self, *, pack: bool) -> None:
+        """Go on with the fast kernels in place of the plain ones."""
+        fuse(self.model, self.attachment, pack=pack)
+        if self.head is not None:
+            self.head.frozen = self.head.multiplied_by(pack=pack)
+        self.packed = pack
 
     def tokens(self, batch: Batch) -> TokenStats:
         """Per label of the batch: fp32 log-probability and correctness, each (labels,)."""

@@ -50,6 +50,9 @@ def _difference(policy: Policy, planned: Plan, written: Path) -> float:
     rows = planned.data.train.rows(range(min(EXAMPLES, len(planned.data.train))))
     batch = build(rows).to(device_of(policy.model))
     policy.eval()
+    # both sides by the plain hooks, so that a difference is the file's
+    policy.attachment.remove()
+    policy.attachment.install(policy.model)
     expected = policy.tokens(batch).logprob
     adapter = peft.read(written, planned.skeleton)
     policy.attachment.remove()

@@ -18,6 +18,7 @@ from peftctl.checkpoint import Progress, State
 from peftctl.data.batches import Batches
 from peftctl.errors import Stopped, Unfoldable
 from peftctl.formats import peft
+from peftctl.fuse import affordable
 from peftctl.merging import merge
 from peftctl.methods.attachment import Attachment
 from peftctl.opened import policy_of
@@ -27,7 +28,7 @@ from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
 from peftctl.report import Log, Sink, display, read, tee, truncate
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
-from peftctl.schema import Recipe
+from peftctl.schema import Recipe, TrainConfig
 from peftctl.surgery import without_dropout
 from peftctl.trainer import Job, Question
 from peftctl.trainer import train as loop
@@ -118,6 +119,7 @@ def _choices(training: Training) -> dict[str, Any]:
         "device": str(parameter.device),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "packed": training.policy.packed,
     }
 
 
@@ -175,6 +177,9 @@ def _load(planned: Plan, folder: RunFolder, state: State | None, options: Option
         attachment.load(planned.start.tensors, str(recipe.method.init_from))
     start = frozen_copy(attachment)
     policy = policy_of(model, attachment, planned.skeleton.dimensions.layers, recipe.model.layout, folder.layout())
+    if settings.fuse:
+        packed = folder.choice("packed")
+        policy.fuse(pack=_packed(settings, model) if packed is None else packed)
     reference = _reference(planned, policy, start, state)
     optimizer = optim.build(
         attachment.trainable(),
@@ -188,6 +193,10 @@ def _load(planned: Plan, folder: RunFolder, state: State | None, options: Option
     progress = Progress() if state is None else _restore(attachment, optimizer, state)
     policy.train()
     return Training(policy, attachment, start, reference, optimizer, progress)
+
+
+def _packed(settings: TrainConfig, model: Any) -> bool:
+    return affordable(model) if settings.pack_weights is None else settings.pack_weights
 
 
 def _reference(planned: Plan, policy: Policy, start: dict[str, torch.Tensor], state: State | None) -> Reference | None:

@@ -76,6 +76,11 @@ class TrainConfig(Block):
         False, description="recompute blocks in the backward pass: less memory, slower"
     )
     device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
+    fuse: bool = Field(True, description="compute linears that share an input together, by kernels of our own")
+    pack_weights: bool | None = Field(
+        None,
+        description="keep copies of the matrices as the CPU multiplies fastest; null: for float32, where memory allows",
+    )
     compile: bool = Field(False, description="false")
 
 

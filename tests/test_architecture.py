@@ -18,7 +18,7 @@ LAYERS = [
     ["kernels"],
     ["methods", "objectives"],
     ["located", "composed", "blame", "schema", "recipe", "storage"],
-    ["base", "data", "head", "policy", "layout", "formats"],
+    ["base", "data", "fuse", "head", "policy", "layout", "formats"],
     ["model", "adapter", "checkpoint", "counting", "generation", "merge", "opened", "optim", "report", "signals"],
     ["trainer"],
     ["plan", "run_folder", "evaluation", "proof", "merging", "profile", "run"],

@@ -7,27 +7,42 @@ backward pass is one multiplication and the logits are computed once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from peftctl.kernels.matrix import Matrix
+
 Head = Callable[[Tensor], Tensor]  # (n, hidden) -> (n, vocabulary)
-CHUNK = 1 << 24  # logits held at once; 64 MiB of fp32
+CHUNK = 1 << 22  # logits held at once, 16 MiB of fp32: larger buffers cost fresh pages each time
 
 
-def token_stats(hidden: Tensor, targets: Tensor, head: Head, vocabulary: int, frozen: bool) -> tuple[Tensor, Tensor]:
+class FrozenHead(NamedTuple):
+    """A head in which nothing is trained: its matrix, and what is done to the product (None: nothing)."""
+
+    matrix: Matrix
+    finish: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.matrix.forward(hidden)
+        return logits if self.finish is None else self.finish(logits)
+
+
+def token_stats(
+    hidden: Tensor, targets: Tensor, head: Head, vocabulary: int, frozen: FrozenHead | None
+) -> tuple[Tensor, Tensor]:
     """Log-probability (fp32) and correctness of each target: `hidden` (L, d), `targets` (L,) -> (L,), (L,).
 
-    `frozen`: whether nothing inside the head is trained.
+    Correct is a target that no other token is likelier than. `frozen`: the head once more, if nothing in it is trained.
     """
     size = max(1, CHUNK // vocabulary)
-    if frozen and torch.is_grad_enabled() and hidden.requires_grad:
-        logprob, correct = _Frozen.apply(hidden, targets, head, size)  # type: ignore[no-untyped-call]
-        return logprob, correct
-    return plain_token_stats(hidden, targets, head, size)
+    if frozen is None:
+        return plain_token_stats(hidden, targets, head, size)
+    logprob, correct = _Frozen.apply(hidden, targets, frozen, size)  # type: ignore[no-untyped-call]
+    return logprob, correct
 
 
 def plain_token_stats(hidden: Tensor, targets: Tensor, head: Head, size: int) -> tuple[Tensor, Tensor]:
@@ -43,31 +58,55 @@ def plain_token_stats(hidden: Tensor, targets: Tensor, head: Head, size: int) ->
 
 
 def _chunk(hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    logits = head(hidden)
     # in fp32 from here on: a log-probability is a small difference of large numbers
-    logprob = -F.cross_entropy(logits.float(), targets, reduction="none")
-    return logprob, logits.detach().argmax(-1) == targets
+    logits = head(hidden).float()
+    likeliest = logits.detach().amax(-1) <= logits.detach().gather(1, targets[:, None])[:, 0]
+    return -F.cross_entropy(logits, targets, reduction="none"), likeliest
 
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, size: int) -> tuple[Tensor, Tensor]:
-        logprobs, corrects, slopes = [], [], []
-        for h, t in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
-            with torch.enable_grad():
-                leaf = h.detach().requires_grad_()
-                logprob, correct = _chunk(leaf, t, head)
-                # a label's log-probability depends on its own hidden state alone: the sum's gradient is every one's
-                (slope,) = torch.autograd.grad(logprob.sum(), leaf)
-            logprobs.append(logprob.detach())
-            corrects.append(correct)
-            slopes.append(slope)
-        ctx.save_for_backward(torch.cat(slopes))
-        correct = torch.cat(corrects)
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: FrozenHead, size: int) -> tuple[Tensor, Tensor]:
+        logprob, correct = (hidden.new_empty(len(hidden), dtype=kind) for kind in (torch.float32, torch.bool))
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logprob[part], correct[part], slope = _with_slope(hidden[part], targets[part], head, slopes is not None)
+            if slopes is not None and slope is not None:
+                slopes[part] = slope
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(correct)
-        return torch.cat(logprobs), correct
+        return logprob, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (slopes,) = ctx.saved_tensors
         return (grads[0][:, None] * slopes).to(slopes.dtype), None, None, None
+
+
+def _with_slope(
+    hidden: Tensor, targets: Tensor, head: FrozenHead, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probability, correctness, and the log-probability's gradient by the hidden state.
+
+    A label's log-probability depends on its own hidden state alone, so its gradient is head' (one-hot - softmax).
+    """
+    product = head.matrix.forward(hidden)
+    with torch.set_grad_enabled(wanted and head.finish is not None):
+        leaf = product.detach().requires_grad_(torch.is_grad_enabled())
+        logits = (leaf if head.finish is None else head.finish(leaf)).float()
+    # one buffer from here on, for it is larger than the caches: logits, then their exponentials, then the slope
+    chances = logits.detach()
+    chances = chances.clone() if chances.data_ptr() == product.data_ptr() else chances
+    at = targets[:, None]
+    highest, own = chances.amax(-1, keepdim=True), chances.gather(1, at)
+    total = chances.sub_(highest).exp_().sum(-1, keepdim=True)
+    logprob = (own - highest - total.log())[:, 0]
+    correct = (highest <= own)[:, 0]
+    if not wanted:
+        return logprob, correct, None
+    slope = chances.mul_(-1 / total).scatter_add_(1, at, torch.ones_like(own))
+    if head.finish is not None:
+        (slope,) = torch.autograd.grad(logits, leaf, slope)
+    return logprob, correct, head.matrix.backward(slope.to(hidden.dtype))

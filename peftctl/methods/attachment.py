@@ -6,7 +6,7 @@ with a delta disabled the output passes through untouched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftctl.errors import FormatError, Unfoldable
+from peftctl.kernels.linear import Product
 from peftctl.skeleton import dotted
 
 
@@ -34,6 +35,10 @@ class Delta(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The changed output, from the module's first input `x` and its output `y`; the shape of `y` is kept."""
         raise NotImplementedError
+
+    def product(self) -> Product | None:
+        """The change as a low-rank product of the module's input, where it is one: what the fast kernels serve."""
+        return None
 
     def fold(self, name: str, weight: Tensor) -> Tensor:
         """The parameter `name` of the module at this delta's path, as stored, with the change inside; in fp32.
@@ -75,8 +80,9 @@ class Attachment(nn.Module):
         self.paths = [place.path for place in places]
         self.sources = [place.source for place in places]
         self.shared = shared
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: dict[int, list[torch.utils.hooks.RemovableHandle]] = {}
         self._captured: dict[str, Tensor] = {}
+        self._cleanups: list[Callable[[], None]] = []
 
     @property
     def places(self) -> list[Injected]:
@@ -149,22 +155,28 @@ class Attachment(nn.Module):
     def install(self, model: nn.Module) -> None:
         """Hang the deltas on the model. The order of the places is the order of their application."""
         for index, place in enumerate(self.places):
+            module, handles = model.get_submodule(place.path), self._handles.setdefault(index, [])
             if place.source is not None:
-                self._handles.append(
-                    model.get_submodule(place.source).register_forward_pre_hook(
-                        self._capturing(index), with_kwargs=True
-                    )
-                )
-            self._handles.append(
-                model.get_submodule(place.path).register_forward_hook(self._changing(index), with_kwargs=True)
-            )
+                source = model.get_submodule(place.source)
+                handles.append(source.register_forward_pre_hook(self._capturing(index), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._changing(index), with_kwargs=True))
+
+    def release(self, index: int) -> None:
+        """Take one place's hooks off: its module computes the change by itself from here on."""
+        for handle in self._handles.pop(index, ()):
+            handle.remove()
 
     def remove(self) -> None:
-        """Take every hook off again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Take every hook off again, and undo what else was done to the model for the deltas' sake."""
+        for index in list(self._handles):
+            self.release(index)
         self._captured.clear()
+        while self._cleanups:
+            self._cleanups.pop()()
+
+    def at_removal(self, cleanup: Callable[[], None]) -> None:
+        """Something to call when the hooks are taken off."""
+        self._cleanups.append(cleanup)
 
     def _capturing(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

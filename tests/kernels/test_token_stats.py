@@ -1,11 +1,16 @@
 """Chunked log-probabilities against the plain formula, values and gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from peftctl.kernels import token_stats as module
-from peftctl.kernels.token_stats import token_stats
+from peftctl.kernels.matrix import matrix
+from peftctl.kernels.token_stats import FrozenHead, token_stats
+
+Finish = Callable[[torch.Tensor], torch.Tensor]
 
 
 def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Linear, torch.Tensor]:
@@ -15,27 +20,48 @@ def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Li
     return hidden, torch.randint(0, 30, (17,)), head, torch.randn(17)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
+def capped(logits: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(logits / 2) * 2
+
+
+@pytest.mark.parametrize("finish", [None, capped])
+@pytest.mark.parametrize("kind", ["trained", "frozen", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_the_plain_formula(monkeypatch: pytest.MonkeyPatch, frozen: bool, dtype: torch.dtype) -> None:
+def test_equals_the_plain_formula(
+    monkeypatch: pytest.MonkeyPatch, kind: str, finish: Finish | None, dtype: torch.dtype
+) -> None:
     monkeypatch.setattr(module, "CHUNK", 30 * 5)  # several chunks, the last one short
-    hidden, targets, head, upstream = problem(dtype)
-    head.requires_grad_(not frozen)
-    logprob, correct = token_stats(hidden, targets, head, 30, frozen)
+    hidden, targets, linear, upstream = problem(dtype)
+
+    def head(x: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(x, linear.weight, linear.bias)
+        return logits if finish is None else finish(logits)
+
+    frozen = FrozenHead(matrix(linear.weight.detach(), linear.bias.detach(), pack=kind == "packed"), finish)
+    logprob, correct = token_stats(hidden, targets, head, 30, None if kind == "trained" else frozen)
     (logprob * upstream).sum().backward()
-    logits = F.linear(hidden.detach().requires_grad_(), head.weight, head.bias)
     twin = hidden.detach().clone().requires_grad_()
-    expected = F.linear(twin, head.weight, head.bias).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    expected = head(twin).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
     (expected * upstream).sum().backward()
     exact = dtype is torch.float32
-    torch.testing.assert_close(logprob, expected, rtol=1e-6, atol=1e-6)
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if exact else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(logprob, expected, **tolerance)
     torch.testing.assert_close(hidden.grad, twin.grad, rtol=1e-5 if exact else 3e-2, atol=1e-6 if exact else 2e-2)
-    assert torch.equal(correct, logits.argmax(-1) == targets)
+    assert torch.equal(correct, head(hidden).argmax(-1) == targets)
+
+
+def test_without_gradients_the_answers_are_the_same() -> None:
+    hidden, targets, linear, _ = problem(torch.float32)
+    frozen = FrozenHead(matrix(linear.weight.detach(), linear.bias.detach()))
+    with_gradient = token_stats(hidden, targets, linear, 30, frozen)
+    with torch.no_grad():
+        without = token_stats(hidden, targets, linear, 30, frozen)
+    assert torch.equal(with_gradient[0], without[0]) and torch.equal(with_gradient[1], without[1])
 
 
 def test_a_trained_head_gets_its_gradient() -> None:
     hidden, targets, head, upstream = problem(torch.float32)
-    logprob, _ = token_stats(hidden, targets, head, 30, frozen=False)
+    logprob, _ = token_stats(hidden, targets, head, 30, frozen=None)
     (logprob * upstream).sum().backward()
     grad, head.weight.grad = head.weight.grad, None
     expected = head(hidden.detach()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -45,5 +71,5 @@ def test_a_trained_head_gets_its_gradient() -> None:
 
 def test_no_labels_no_answers() -> None:
     hidden, _, head, _ = problem(torch.float32)
-    logprob, correct = token_stats(hidden[:0], torch.zeros(0, dtype=torch.long), head, 30, frozen=False)
+    logprob, correct = token_stats(hidden[:0], torch.zeros(0, dtype=torch.long), head, 30, frozen=None)
     assert logprob.shape == correct.shape == (0,)

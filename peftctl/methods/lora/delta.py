@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peftctl import surgery
+from peftctl.kernels.linear import Product
 from peftctl.methods.attachment import Attachment, Delta, Injected
 from peftctl.methods.lora import LoraConfig, targets
 from peftctl.skeleton import Module
@@ -30,6 +31,9 @@ class LowRank(Delta):
         inner = functional.linear(x, self.a.to(x.dtype))
         return y + functional.linear(inner, self.b.to(x.dtype)) * self.scale
 
+    def product(self) -> Product | None:
+        return Product(self.a, self.b, self.scale, self.dropout)
+
     def folds(self) -> tuple[str, ...]:
         return ("weight",)
 
@@ -48,6 +52,9 @@ class LowRankRows(LowRank):
         self.gain = gain
         nn.init.zeros_(self.a)  # as in loralib: a row that was never seen stays at 0
         nn.init.normal_(self.b)
+
+    def product(self) -> None:
+        return None  # the input are numbers of rows
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         rows = functional.embedding(x, self.a.T.to(y.dtype))

@@ -1,0 +1,139 @@
+"""Putting the fast kernels under a model: linears that receive one tensor are computed together, deltas included.
+
+What belongs together is seen in a trial pass, not read from a list of architectures. The modules stay where they are,
+only their `forward` is replaced, so names, keys and bits are those of the plain model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftctl.kernels.linear import linears
+from peftctl.kernels.matrix import matrix, packable
+from peftctl.methods.attachment import Attachment, Delta
+from peftctl.surgery import device_of, kind_of
+
+
+class Siblings:
+    """Frozen linears that receive one tensor. The first that is called computes for all of them."""
+
+    def __init__(self, modules: Sequence[nn.Module], deltas: Sequence[Delta | None], pack: bool) -> None:
+        self.matrices = [
+            matrix(m.weight.detach(), m.bias, transposed=kind_of(m) == "Conv1D", pack=pack)  # type: ignore[operator,arg-type]
+            for m in modules
+        ]
+        self.deltas = deltas
+        self._input: Tensor | None = None
+        self._version = -1  # of the input: one that was written to since is another
+        self._waiting: dict[int, Tensor] = {}
+
+    def forward_of(self, index: int) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:
+            if self._input is not input or self._version != input._version or index not in self._waiting:
+                self._input, self._version = input, input._version
+                self._waiting = dict(enumerate(self._compute(input)))
+            out = self._waiting.pop(index)
+            if not self._waiting:
+                self._input = None
+            return out
+
+        return forward
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        products = [d.product() if d is not None and d.enabled else None for d in self.deltas]
+        training = any(d.training for d in self.deltas if d is not None)
+        return linears(x, self.matrices, products, training)
+
+
+def fuse(model: Any, attachment: Attachment, *, pack: bool) -> None:
+    """Compute the trunk's frozen linears by the fast kernels, until the attachment is removed.
+
+    `pack`: keep copies of the matrices in the device's own order.
+    """
+    by_path: dict[str, list[int]] = {}
+    for index, path in enumerate(attachment.paths):
+        by_path.setdefault(path, []).append(index)
+    replaced: list[nn.Module] = []
+    for group in _sharing_input(model, attachment):
+        deltas = [_product_at(attachment, by_path.get(path, [])) for path, _ in group]
+        siblings = Siblings([module for _, module in group], deltas, pack)
+        for place, ((path, module), delta) in enumerate(zip(group, deltas, strict=True)):
+            if delta is not None:
+                attachment.release(by_path[path][0])
+            module.forward = siblings.forward_of(place)
+            replaced.append(module)
+    attachment.at_removal(lambda: _restore(replaced))
+
+
+def _restore(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        del module.forward
+
+
+def affordable(model: nn.Module) -> bool:
+    """Whether packed copies of the matrices pay and fit: in float32, and in half of the memory that is free."""
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    needed = 2 * sum(p.numel() * p.element_size() for p in weights)
+    return all(p.dtype is torch.float32 and packable(p) for p in weights) and needed < free_memory() / 2
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping, as far as the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _product_at(attachment: Attachment, indices: Sequence[int]) -> Delta | None:
+    """The one delta at a place if it is a low-rank product; others go on by their hooks."""
+    if len(indices) != 1 or attachment.sources[indices[0]] is not None:
+        return None
+    delta: Delta = attachment.deltas[indices[0]]  # type: ignore[assignment]
+    return delta if delta.product() is not None else None
+
+
+@torch.no_grad()
+def _sharing_input(model: Any, attachment: Attachment) -> list[list[tuple[str, nn.Module]]]:
+    """The frozen linears of the trunk that a pass calls once, those that receive the same tensor together."""
+    seen: list[tuple[str, nn.Module, Tensor]] = []
+    handles = []
+    trunk = model.base_model
+    for path, module in model.named_modules():
+        if _plain_linear(module):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda m, args, kwargs, path=path: seen.append((path, m, args[0] if args else kwargs["input"])),
+                    with_kwargs=True,
+                )
+            )
+    training = model.training
+    model.eval()
+    try:
+        with attachment.disabled():
+            trunk(input_ids=torch.arange(1, 6, device=device_of(model))[None])
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    calls = [id(module) for _, module, _ in seen]
+    groups: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module, x in seen:  # `seen` keeps every input alive, so no two share an address
+        if calls.count(id(module)) == 1:
+            groups.setdefault(id(x), []).append((path, module))
+    return list(groups.values())
+
+
+def _plain_linear(module: nn.Module) -> bool:
+    """A linear as torch or transformers define it, not a subclass with a forward of its own."""
+    kind = kind_of(module)
+    own = nn.Linear.forward if kind == "Linear" else None
+    usual = type(module).forward is own or (kind == "Conv1D" and type(module).__name__ == "Conv1D")
+    return usual and "forward" not in vars(module) and module.weight.is_floating_point()  # type: ignore[operator]

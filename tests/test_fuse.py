@@ -1,0 +1,142 @@
+"""The fast kernels under a model: the same answers and gradients as the plain one, and nothing left behind."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftctl import methods
+from peftctl.adapter import attach
+from peftctl.batch import build
+from peftctl.fuse import affordable, fuse
+from peftctl.methods.attachment import Attachment
+from peftctl.opened import policy_of
+from peftctl.policy import Policy, checkpointed
+from peftctl.row import Row
+from peftctl.skeleton import LINEAR
+from peftctl.surgery import kind_of, skeleton
+from tests.models import tiny
+
+MODELS = ["llama", "gpt2", "opt", "gpt_neox", "qwen3", "gemma2", "mistral", "mixtral", "phi3", "bloom"]
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4},
+    "bottleneck": {"reduction_factor": 4},
+    "bitfit": {"add_missing": True},
+    "prefix": {"num_virtual_tokens": 3},
+}
+
+
+def policy(name: str, method: str = "lora", **keys: Any) -> Policy:
+    model = tiny(name)
+    found = methods.get(method)
+    attachment = attach(model, found, found.config(name=method, **(METHODS[method] | keys)), 0)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in attachment.trainable().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return policy_of(model, attachment, skeleton(model).dimensions.layers)
+
+
+def batch() -> Any:
+    start = (5, 6, 7, 8)
+    ids = [(*start, 9, 10, 11), (*start, 12, 13), tuple(range(20, 32))]
+    return build([Row(i, (0.0,) * 2 + (1.0,) * (len(i) - 2)) for i in ids])
+
+
+def answers(found: Policy) -> tuple[Tensor, list[Tensor]]:
+    logprob = found.tokens(batch()).logprob
+    parameters = list(found.attachment.trainable().values())
+    return logprob.detach(), list(torch.autograd.grad(logprob.sum(), parameters))
+
+
+def near(ours: Tensor, theirs: Tensor) -> bool:
+    return float((ours - theirs).abs().max()) <= 2e-5 * max(1.0, float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_and_gradients_are_the_plain_ones(name: str, pack: bool) -> None:
+    found = policy(name)
+    logprob, gradients = answers(found)
+    found.fuse(pack=pack)
+    fused = answers(found)
+    assert near(fused[0], logprob) and all(near(a, b) for a, b in zip(fused[1], gradients, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_delta_goes_on(method: str) -> None:
+    found = policy("llama", method)
+    logprob, gradients = answers(found)
+    found.fuse(pack=True)
+    fused = answers(found)
+    assert near(fused[0], logprob) and all(near(a, b) for a, b in zip(fused[1], gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_off_is_the_base_under_the_same_kernels_and_removal_leaves_nothing(name: str) -> None:
+    bare = policy_of(tiny(name), None, skeleton(tiny(name)).dimensions.layers)
+    plain = bare.tokens(batch()).logprob
+    bare.fuse(pack=True)
+    found = policy(name)
+    found.fuse(pack=True)
+    keys, modules = list(found.model.state_dict()), dict(found.model.named_modules())
+    with found.attachment.disabled():
+        assert torch.equal(found.tokens(batch()).logprob, bare.tokens(batch()).logprob)
+    found.attachment.remove()
+    assert list(found.model.state_dict()) == keys and dict(found.model.named_modules()) == modules
+    assert not [m for m in found.model.modules() if "forward" in vars(m)]
+    found = Policy(found.model, Attachment(), found.layout, found.head)
+    found.head.frozen = found.head.multiplied_by(pack=False)  # type: ignore[union-attr]
+    assert torch.equal(found.tokens(batch()).logprob, plain)
+
+
+def test_what_shares_an_input_is_computed_together() -> None:
+    found = policy("llama")
+    found.fuse(pack=False)
+    owners: dict[int, list[str]] = {}
+    for path, module in found.model.named_modules():
+        if kind_of(module) in LINEAR and "forward" in vars(module):
+            siblings = vars(module)["forward"].__closure__
+            owner = next(c.cell_contents for c in siblings if type(c.cell_contents).__name__ == "Siblings")
+            owners.setdefault(id(owner), []).append(path.split(".")[-1])
+    layer = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert list(owners.values()) == layer * 2
+
+
+def test_an_input_that_was_written_to_is_another_one() -> None:
+    found = policy("llama")
+    found.fuse(pack=False)
+    first, second = (found.model.get_submodule(f"model.layers.0.self_attn.{n}") for n in ("q_proj", "k_proj"))
+    x = torch.randn(1, 3, first.in_features)
+    with torch.no_grad():
+        first(x)
+        x.mul_(2)
+        expected = second(x.clone())
+        first(x.div_(2))
+        assert torch.equal(second(x.mul_(2)), expected)
+
+
+def test_recomputed_blocks_give_the_same_gradients() -> None:
+    found = policy("llama", dropout=0.3)
+    found.fuse(pack=False)
+    found.train()
+    torch.manual_seed(1)
+    kept = answers(found)
+    checkpointed(found.model)
+    torch.manual_seed(1)
+    again = answers(found)
+    assert torch.equal(kept[0], again[0]) and all(torch.equal(a, b) for a, b in zip(kept[1], again[1], strict=True))
+
+
+def test_packing_is_for_float32_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert affordable(tiny("llama")) and not affordable(tiny("llama").to(torch.bfloat16))
+    monkeypatch.setattr("peftctl.fuse.free_memory", lambda: 1000)
+    assert not affordable(tiny("llama"))
+
+
+def test_linears_that_a_pass_does_not_reach_stay_as_they_are() -> None:
+    model = tiny("llama")
+    model.model.spare = torch.nn.Linear(2, 2)
+    fuse(model, Attachment(), pack=False)
+    assert "forward" not in vars(model.model.spare) and "forward" not in vars(model.lm_head)
