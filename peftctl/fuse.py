@@ -7,15 +7,17 @@ only their `forward` is replaced, so names, keys and bits are those of the plain
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftctl.kernels.linear import linears
+from peftctl.kernels.linear import Product, linears
 from peftctl.kernels.matrix import matrix, packable
+from peftctl.kernels.mlp import gated
+from peftctl.kernels.norm import rms_norm
 from peftctl.methods.attachment import Attachment, Delta
 from peftctl.surgery import device_of, kind_of
 
@@ -45,33 +47,109 @@ class Siblings:
 
         return forward
 
+    def products(self) -> list[Product | None]:
+        return [d.product() if d is not None and d.enabled else None for d in self.deltas]
+
+    @property
+    def training(self) -> bool:
+        return any(d.training for d in self.deltas if d is not None)
+
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        products = [d.product() if d is not None and d.enabled else None for d in self.deltas]
-        training = any(d.training for d in self.deltas if d is not None)
-        return linears(x, self.matrices, products, training)
+        return linears(x, self.matrices, self.products(), self.training)
+
+
+Places = dict[nn.Module, tuple[Siblings, int]]  # where each linear is computed
 
 
 def fuse(model: Any, attachment: Attachment, *, pack: bool) -> None:
-    """Compute the trunk's frozen linears by the fast kernels, until the attachment is removed.
+    """Compute the trunk's frozen linears, gated MLPs and norms by the fast kernels, until the attachment is removed.
 
     `pack`: keep copies of the matrices in the device's own order.
     """
     by_path: dict[str, list[int]] = {}
     for index, path in enumerate(attachment.paths):
         by_path.setdefault(path, []).append(index)
-    replaced: list[nn.Module] = []
+    places: Places = {}
     for group in _sharing_input(model, attachment):
         deltas = [_product_at(attachment, by_path.get(path, [])) for path, _ in group]
         siblings = Siblings([module for _, module in group], deltas, pack)
         for place, ((path, module), delta) in enumerate(zip(group, deltas, strict=True)):
             if delta is not None:
                 attachment.release(by_path[path][0])
-            module.forward = siblings.forward_of(place)
-            replaced.append(module)
+            places[module] = (siblings, place)
+    replaced = {module: siblings.forward_of(place) for module, (siblings, place) in places.items()}
+    with attachment.disabled():
+        for module in model.modules():
+            forward = _gated_forward(module, places) or _norm_forward(module)
+            if forward is not None:
+                replaced[module] = forward
+    for module, forward in replaced.items():
+        module.forward = forward
     attachment.at_removal(lambda: _restore(replaced))
 
 
-def _restore(modules: Sequence[nn.Module]) -> None:
+def _gated_forward(module: nn.Module, places: Places) -> Callable[[Tensor], Tensor] | None:
+    """The forward of a gated MLP, None for another module. What it is made of tells, and that it computes as one."""
+    linear = [child for child in module.children() if child in places]
+    others = [child for child in module.children() if child not in places]
+    if len(linear) != 3 or len(others) > 1 or any(_watched(child) for child in module.children()):
+        return None
+    activation = others[0] if others else getattr(module, "act_fn", None)
+    (pair, _), (same, _), (last, _) = (places[child] for child in linear)
+    if not callable(activation) or pair is not same or len(pair.deltas) != 2 or len(last.deltas) != 1:
+        return None
+    for order in ((0, 1), (1, 0)):
+        forward = _gated(pair, last, order, activation)
+        if _alike(module, forward, linear[0].in_features):  # type: ignore[arg-type]
+            return forward
+    return None
+
+
+def _gated(
+    pair: Siblings, last: Siblings, order: tuple[int, int], activation: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        matrices = [*(pair.matrices[i] for i in order), *last.matrices]
+        products = pair.products()
+        both = [*(products[i] for i in order), *last.products()]
+        return gated(x, matrices, both, activation, pair.training or last.training)
+
+    return forward
+
+
+def _norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The forward of a root-mean-square norm, None for another module."""
+    eps, weight = getattr(module, "variance_epsilon", getattr(module, "eps", None)), getattr(module, "weight", None)
+    if kind_of(module) != "Norm" or not isinstance(eps, float) or not isinstance(weight, nn.Parameter):
+        return None
+    if weight.ndim != 1 or weight.requires_grad or len(list(module.parameters(recurse=False))) != 1:
+        return None
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, weight, eps)
+
+    return forward if _alike(module, forward, len(weight)) else None
+
+
+@torch.no_grad()
+def _alike(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) -> bool:
+    """Whether a function gives what the module gives, on random input. Deltas are off meanwhile."""
+    like = next(module.parameters())
+    x = torch.randn(5, width, generator=torch.Generator().manual_seed(0)).to(like)[None]
+    try:
+        ours, theirs = forward(x).float(), module.forward(x).float()
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    near = 1e-4 if like.dtype is torch.float32 else 2e-2
+    return ours.shape == theirs.shape and bool((ours - theirs).norm() <= near * theirs.norm())
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether something hangs on a module, which would miss a call that is not made."""
+    return any(len(getattr(module, f"_{kind}hooks")) for kind in ("forward_pre_", "forward_", "backward_"))
+
+
+def _restore(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         del module.forward
 
@@ -132,8 +210,10 @@ def _sharing_input(model: Any, attachment: Attachment) -> list[list[tuple[str, n
 
 
 def _plain_linear(module: nn.Module) -> bool:
-    """A linear as torch or transformers define it, not a subclass with a forward of its own."""
+    """A frozen linear as torch or transformers define it, not a subclass with a forward of its own."""
     kind = kind_of(module)
     own = nn.Linear.forward if kind == "Linear" else None
     usual = type(module).forward is own or (kind == "Conv1D" and type(module).__name__ == "Conv1D")
-    return usual and "forward" not in vars(module) and module.weight.is_floating_point()  # type: ignore[operator]
+    if not usual or "forward" in vars(module):
+        return False
+    return all(p.is_floating_point() and not p.requires_grad for p in module.parameters())

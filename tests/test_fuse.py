@@ -15,7 +15,7 @@ from peftctl.opened import policy_of
 from peftctl.policy import Policy, checkpointed
 from peftctl.row import Row
 from peftctl.skeleton import LINEAR
-from peftctl.surgery import kind_of, skeleton
+from peftctl.surgery import frozen, kind_of, skeleton
 from tests.models import tiny
 
 MODELS = ["llama", "gpt2", "opt", "gpt_neox", "qwen3", "gemma2", "mistral", "mixtral", "phi3", "bloom"]
@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def policy(name: str, method: str = "lora", **keys: Any) -> Policy:
-    model = tiny(name)
+    model = frozen(tiny(name))
     found = methods.get(method)
     attachment = attach(model, found, found.config(name=method, **(METHODS[method] | keys)), 0)
     generator = torch.Generator().manual_seed(5)
@@ -75,7 +75,7 @@ def test_every_kind_of_delta_goes_on(method: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_off_is_the_base_under_the_same_kernels_and_removal_leaves_nothing(name: str) -> None:
-    bare = policy_of(tiny(name), None, skeleton(tiny(name)).dimensions.layers)
+    bare = policy_of(frozen(tiny(name)), None, skeleton(tiny(name)).dimensions.layers)
     plain = bare.tokens(batch()).logprob
     bare.fuse(pack=True)
     found = policy(name)
@@ -102,6 +102,23 @@ def test_what_shares_an_input_is_computed_together() -> None:
             owners.setdefault(id(owner), []).append(path.split(".")[-1])
     layer = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     assert list(owners.values()) == layer * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "mlps", "norms"), [("llama", 2, 5), ("gpt2", 0, 0), ("qwen3", 2, 9), ("gemma2", 2, 0)]
+)
+def test_what_an_mlp_and_a_norm_are_made_of_is_seen(name: str, mlps: int, norms: int) -> None:
+    found = policy(name)
+    found.fuse(pack=False)
+    replaced = [m for m in found.model.modules() if "forward" in vars(m)]
+    assert sum(type(m).__name__.endswith("MLP") for m in replaced) == mlps
+    assert sum(kind_of(m) == "Norm" for m in replaced) == norms
+
+
+def test_an_mlp_whose_linears_are_watched_calls_them() -> None:
+    found = policy("llama", "bitfit")
+    found.fuse(pack=False)
+    assert not [m for m in found.model.modules() if type(m).__name__ == "LlamaMLP" and "forward" in vars(m)]
 
 
 def test_an_input_that_was_written_to_is_another_one() -> None:
@@ -135,8 +152,11 @@ def test_packing_is_for_float32_that_fits(monkeypatch: pytest.MonkeyPatch) -> No
     assert not affordable(tiny("llama"))
 
 
-def test_linears_that_a_pass_does_not_reach_stay_as_they_are() -> None:
-    model = tiny("llama")
+def test_linears_that_are_trained_or_not_reached_stay_as_they_are() -> None:
+    model = frozen(tiny("llama"))
     model.model.spare = torch.nn.Linear(2, 2)
+    trained = model.model.layers[0].self_attn.q_proj
+    trained.weight.requires_grad_()
     fuse(model, Attachment(), pack=False)
+    assert "forward" not in vars(trained) and "forward" in vars(model.model.layers[0].self_attn.k_proj)
     assert "forward" not in vars(model.model.spare) and "forward" not in vars(model.lm_head)
