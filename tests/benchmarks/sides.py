@@ -51,13 +51,24 @@ def peers(workload: Workload, device: str) -> tuple[str, ...]:
     return tuple(own)
 
 
-def measured(side: str, workload: Workload, setting: Setting, extra: Sequence[str] = (), loss: bool = True) -> Measured:
-    """Train the workload on one side: `peftctl`, or a variant of the peer. `extra`: further overrides."""
+def measured(
+    side: str,
+    workload: Workload,
+    setting: Setting,
+    extra: Sequence[str] = (),
+    loss: bool = True,
+    without: str | None = None,
+) -> Measured:
+    """Train the workload on one side: `peftctl`, or a variant of the peer. `extra`: further overrides.
+
+    `without`: a technique to take out of ours, see without.py.
+    """
     words = _set([*workload.overrides(setting.steps, setting.device), *extra])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         if side == OURS:
-            command = [*PEFTCTL, "train", str(RECIPE), *words, "--output", str(output), "--no-verify", "--quiet"]
+            program = PEFTCTL if without is None else ("-m", "tests.benchmarks.without", without)
+            command = [*program, "train", str(RECIPE), *words, "--output", str(output), "--no-verify", "--quiet"]
         else:
             own = ["--variant", side, "--output", str(output)]
             command = ["-m", "tests.benchmarks.peer", str(RECIPE), *words, *own]

@@ -8,8 +8,18 @@ from statistics import median
 from tests.benchmarks.sides import OURS, Setting, ceiling, measured, run
 from tests.benchmarks.workloads import MATERIALS, WORKLOADS, Workload
 
-# what can be switched off with --set, each against the default
-ABLATIONS = ("data.share_starts=false",)
+# what is taken out, each against the default: by a key of the recipe, or by name (without.py)
+ABLATIONS = (
+    "data.share_starts=false",
+    "train.fuse=false",
+    "train.pack_weights=true",
+    "products",
+    "groups",
+    "slope",
+    "siblings",
+    "mlp",
+    "norm",
+)
 UNSHARED = "data.share_starts=false"  # so that every token is computed, and a token is a token in all rows
 TOKENS = 2048  # of a step, where rows grow longer: as many rows as that makes
 
@@ -64,14 +74,19 @@ def growth(setting: Setting, rounds: int) -> None:
 
 
 def ablation(names: Sequence[str], setting: Setting, rounds: int) -> None:
-    """Each switch off against the default, in turn; the ratio is of tokens a second, without to with."""
-    print(f"\n{'workload':<16}{'switch':<32}{'median':>8}  ratios")
+    """Each technique off against the default, in turn: tokens a second and peak memory, without to with."""
+    print(f"\n{'workload':<16}{'switch':<32}{'speed':>8}{'memory':>8}  speeds")
     for workload in map(WORKLOADS.__getitem__, names):
         prepare([workload], setting)
         for switch in ABLATIONS:
-            ratios = []
+            if switch == "train.pack_weights=true" and "model.dtype=float32" in workload.sets:
+                switch = "train.pack_weights=false"  # there it is the default
+            sets, without = ([switch], None) if "=" in switch else ([], switch)
+            pairs = []
             for _ in range(rounds):
-                on = measured(OURS, workload, setting, loss=False).tokens_per_s
-                ratios.append(measured(OURS, workload, setting, [switch], loss=False).tokens_per_s / on)
-            shown = " ".join(f"{ratio:.2f}" for ratio in ratios)
-            print(f"{workload.name:<16}{switch:<32}{median(ratios):>8.2f}  {shown}", flush=True)
+                on = measured(OURS, workload, setting, loss=False)
+                pairs.append((on, measured(OURS, workload, setting, sets, loss=False, without=without)))
+            speeds = [off.tokens_per_s / on.tokens_per_s for on, off in pairs]
+            peak = median(off.peak_bytes / on.peak_bytes for on, off in pairs)
+            shown = " ".join(f"{ratio:.2f}" for ratio in speeds)
+            print(f"{workload.name:<16}{switch:<32}{median(speeds):>8.2f}{peak:>8.2f}  {shown}", flush=True)
