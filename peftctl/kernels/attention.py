@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from peftctl.kernels import forest
+from peftctl.kernels import flex, forest
 from peftctl.kernels.rectangles import Plan
 
 NAME = "peftctl_forest"
@@ -91,6 +91,8 @@ def forest_attention(
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is None and not dropout and forest.applies(q, v, state.plan):
         return forest.fused(q, k, v, state.plan, virtual, scale, causal, sliding_window)[None], None
+    if flex.applies(q, dropout):
+        return flex.flex(q, k, v, state.plan, virtual, scale, causal, sliding_window, softcap)[None], None
     return forest.plain(q, k, v, state.plan, virtual, scale, causal, sliding_window, dropout, softcap)[None], None
 
 

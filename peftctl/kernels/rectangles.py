@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,12 +43,19 @@ class Rows(NamedTuple):
 class Plan:
     """Where every query and key of a batch lies. What layers have in common is made once and kept."""
 
-    tokens: int
     rectangles: tuple[Rectangle, ...]
     inverse: Tensor  # (T,) place of each token among all rectangles' queries
+    segment: Tensor  # (T,) segment of each token
+    position: Tensor  # (T,) place of each token on its path
+    above: Tensor  # (S, S) whether the second segment is the first or one of its ancestors
     masks: dict[tuple[bool, int | None, int], list[Tensor]] = field(default_factory=dict)
     biases: dict[tuple[object, ...], list[Tensor]] = field(default_factory=dict)
     all_rows: dict[tuple[int, int, int], Rows] = field(default_factory=dict)
+    kept: dict[tuple[object, ...], Any] = field(default_factory=dict)  # what another kernel makes of the plan
+
+    @property
+    def tokens(self) -> int:
+        return len(self.inverse)
 
     @property
     def longest(self) -> int:
@@ -94,7 +101,15 @@ def plan(batch: Batch) -> Plan:
     inverse = _inverse(torch.cat(order), real, len(batch))
     device = batch.ids.device
     moved = tuple(Rectangle(*(t.to(device) for t in r)) for r in rectangles)
-    return Plan(len(batch), moved, inverse.to(device))
+    return Plan(moved, inverse.to(device), batch.segment, batch.positions, _above(batch).to(device))
+
+
+def _above(batch: Batch) -> Tensor:
+    above = torch.eye(len(batch.parent), dtype=torch.bool)
+    for segment, parent in enumerate(batch.parent.tolist()):  # parents come before their children
+        if parent >= 0:
+            above[segment] |= above[parent]
+    return above
 
 
 def _inverse(places: Tensor, real: Tensor, size: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftctl.batch import build
 from peftctl.kernels import forest
+from peftctl.kernels.flex import flex
 from peftctl.kernels.rectangles import Plan, plan
 from peftctl.row import Row
 
@@ -96,6 +97,35 @@ def test_gradients_by_finite_differences() -> None:
         for n, h in ((5, 4), (7, 2), (7, 2))
     )
     assert torch.autograd.gradcheck(lambda *t: forest.fused(*t, small, 2, 1 / math.sqrt(3), True, None), (q, k, v))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("case", CASES)
+def test_flex_attention_sees_the_same(case: Sequence[int], softcap: float | None) -> None:
+    heads, kv_heads, virtual, causal, window = case
+    made, qkv = tensors(heads, kv_heads, virtual, torch.float32, bool(causal))
+    q, k, v = (t.detach() for t in qkv)  # its backward pass is for other devices
+    with torch.no_grad():
+        ours = flex(q, k, v, made, virtual, 0.3, bool(causal), window, softcap, compiled=False)
+        theirs = forest.plain(q, k, v, made, virtual, 0.3, bool(causal), window, softcap=softcap)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_flex_attention_on_a_card(case: Sequence[int]) -> None:
+    heads, kv_heads, virtual, causal, window = case
+    found = []
+    for attend in (flex, forest.plain):
+        made = plan(build(rows(), share="all" if causal else "none").to("cuda"))
+        generator = torch.Generator().manual_seed(1)
+        shapes = [(made.tokens, heads, 16), *[(virtual + made.tokens, kv_heads, 16)] * 2]
+        qkv = [torch.randn(s, generator=generator).cuda().requires_grad_() for s in shapes]
+        out = attend(*qkv, made, virtual, 0.3, bool(causal), window)
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), qkv)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_long_rows_and_unlike_widths_take_the_twin() -> None:
