@@ -134,6 +134,22 @@ def test_an_input_that_was_written_to_is_another_one() -> None:
         assert torch.equal(second(x.mul_(2)), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_nothing_flows_back_below_the_lowest_delta(name: str) -> None:
+    found = policy(name, layers=[1])
+    found.fuse(pack=False)
+    seen: dict[str, bool] = {}
+    for path, module in found.model.named_modules():
+        if path.split(".")[-1].isdigit():
+            module.register_forward_hook(
+                lambda m, args, out, path=path: seen.update(
+                    {path: (out[0] if isinstance(out, tuple) else out).requires_grad}
+                )
+            )
+    answers(found)
+    assert list(seen.values()) == [False, True]
+
+
 def test_recomputed_blocks_give_the_same_gradients() -> None:
     found = policy("llama", dropout=0.3)
     found.fuse(pack=False)
