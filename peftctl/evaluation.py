@@ -11,7 +11,7 @@ from peftctl import objectives
 from peftctl.batch import Batch
 from peftctl.data.batches import each_once
 from peftctl.data.dataset import load
-from peftctl.data.formats import recognise
+from peftctl.data.formats import DESCRIBED, recognise
 from peftctl.data.sources import read
 from peftctl.errors import DataError
 from peftctl.opened import Opened
@@ -32,8 +32,6 @@ def evaluate(
 
     objective = _objective(recognise(read(file, 1)).kind, file)
     config = objective.config(name=objective.name)
-    if objective.reference(config) is not None:
-        raise DataError(f"{file} holds preference pairs; give dialogues, or prompt and completion, to measure a loss")
     vocabulary = opened.found.skeleton.dimensions.vocabulary
     dataset, report = load(file, opened.chat, objective, config, max_length=max_length, vocabulary=vocabulary)
     padded = opened.policy.layout.name == "padded"
@@ -54,8 +52,9 @@ def _watched(batches: Iterable[Batch], total: int, progress: Progress) -> Iterat
 
 
 def _objective(kind: str, file: str | Path) -> Any:
+    """The objective whose loss on such data tells a perplexity."""
     for name in objectives.names():
         objective = objectives.get(name)
-        if kind in objective.kinds:
+        if kind in objective.kinds and objective.likelihood:
             return objective
-    raise DataError(f"{file}: no objective learns from {kind}")
+    raise DataError(f"{file} holds {DESCRIBED[kind]}; give dialogues, or prompt and completion, to measure a loss")

@@ -86,3 +86,4 @@ class Objective(Generic[C]):
     loss: Callable[[Answers, Answers | None, Batch, C], Loss]
     reference: Callable[[C], str | None] = lambda config: None  # "initial", "base" or None
     base_dropout: bool = True  # whether dropout inside the base is left on, as its config says
+    likelihood: bool = False  # whether the loss is a mean negative log-likelihood, so that exp(loss) is a perplexity

@@ -48,4 +48,5 @@ OBJECTIVE = Objective(
     encode=encode,
     weights=weights,
     loss=loss,
+    likelihood=True,
 )

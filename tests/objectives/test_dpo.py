@@ -12,35 +12,11 @@ from pydantic import ValidationError
 
 from peftctl.batch import build
 from peftctl.objectives import get
-from peftctl.objectives.base import TokenStats
 from peftctl.row import Example, Message, Row
+from tests.objectives.paired import Says, pairs, some
 
 DPO = get("dpo")
 CONFIG = DPO.config(name="dpo")
-
-
-class Says:
-    """A policy that answers the given log-probabilities, one a label."""
-
-    def __init__(self, logprob: torch.Tensor) -> None:
-        self.logprob = logprob
-
-    def tokens(self, batch) -> TokenStats:
-        return TokenStats(self.logprob, torch.ones_like(self.logprob))
-
-
-def pairs(n: int, length: int = 3):
-    rows = []
-    for i in range(n):
-        for k, role in enumerate(("chosen", "rejected")):
-            answer = tuple(range(10 * k + 5, 10 * k + 5 + length + k))
-            rows.append(Row((1, 2 + i, *answer), (0.0, 0.0, *(1.0,) * len(answer)), i, role))
-    return build(rows)
-
-
-def some(batch, seed: int, dtype=torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return -3 * torch.rand(len(batch.labels.target), generator=generator, dtype=dtype)
 
 
 def by_hand(policy, reference, batch, beta: float, smoothing: float = 0.0) -> float:
@@ -104,7 +80,7 @@ def test_nothing_flows_into_the_reference():
 
 
 def test_metrics_by_hand():
-    batch = pairs(2, 1)  # labels: chosen 1, rejected 2, chosen 1, rejected 2
+    batch = pairs(2, 1, growth=0)  # labels: chosen 1, rejected 2, chosen 1, rejected 2
     policy = torch.tensor([-1.0, -2.0, -2.0, -3.0, -1.0, -1.0])
     reference = torch.tensor([-2.0, -2.0, -1.0, -1.0, -1.0, -1.0])
     metrics = DPO.loss(Says(policy), Says(reference), batch, DPO.config(name="dpo", beta=0.5)).metrics
@@ -116,6 +92,7 @@ def test_metrics_by_hand():
         "rewards/accuracies": 0.5,
         "logps/chosen": pytest.approx(-2.0),
         "logps/rejected": pytest.approx(-3.0),
+        "kl": pytest.approx((1 + 0 + 1 + 4) / 12),
     }
 
 
