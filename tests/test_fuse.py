@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bottleneck": {"reduction_factor": 4},
     "bitfit": {"add_missing": True},
     "prefix": {"num_virtual_tokens": 3},
+    "dora": {"rank": 4},
 }
 
 

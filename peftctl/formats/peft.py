@@ -124,7 +124,7 @@ def _exchanged(
     preferred: str | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The method block and tensors of a file in peft's form."""
-    exchange = _exchange(folder, str(keys["peft_type"]), preferred)
+    exchange = _exchange(folder, keys, preferred)
     try:
         return exchange.read(keys, skeleton, stored)
     except FormatError as error:
@@ -133,14 +133,14 @@ def _exchanged(
         raise FormatError(f"{folder / CONFIG} has a value that peft would not write: {error}") from None
 
 
-def _exchange(folder: Path, kind: str, preferred: str | None) -> Exchange:
+def _exchange(folder: Path, keys: Mapping[str, Any], preferred: str | None) -> Exchange:
     """The reader of a peft type: the method that wrote the folder where it claims it, else whichever does."""
-    known = []
+    kind, known = str(keys["peft_type"]), []
     for name in sorted(methods.names(), key=lambda name: name != preferred):
         exchange = methods.get(name).exchange
         if exchange is not None:
             known.append(exchange())
-    found = next((exchange for exchange in known if exchange.peft_type == kind), None)
+    found = next((exchange for exchange in known if exchange.peft_type == kind and exchange.claims(keys)), None)
     if found is None:
         served = ", ".join(dict.fromkeys(exchange.peft_type for exchange in known))
         raise FormatError(f"{folder / CONFIG}: peft_type {kind} is not read; {served} are")

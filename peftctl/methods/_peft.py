@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from peftctl.errors import FormatError
 from peftctl.skeleton import Skeleton
@@ -37,3 +38,47 @@ def place(name: str, ends: Iterable[str], skeleton: Skeleton) -> tuple[str, str]
     if not any(module.path == path for module in skeleton.modules):
         raise FormatError(f"adapter_model.safetensors: {name} belongs to {path}, which {skeleton.architecture} lacks")
     return path, end
+
+
+def shortest(paths: Sequence[str], skeleton: Skeleton) -> list[str]:
+    """Names that match these modules and no others: their last parts where these will do, else whole paths."""
+    ends = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
+    matched = {m.path for m in skeleton.modules if m.path.rsplit(".", 1)[-1] in ends}
+    return ends if matched == set(paths) else list(paths)
+
+
+def targeting(peft_type: str, skeleton: Skeleton, paths: Sequence[str]) -> dict[str, Any]:
+    """The keys of every method that changes the weights of these modules."""
+    kinds = {module.path: module.kind for module in skeleton.modules}
+    return {
+        "peft_type": peft_type,
+        "task_type": task_type(skeleton),
+        "inference_mode": True,
+        "target_modules": shortest(paths, skeleton),
+        "bias": "none",
+        "fan_in_fan_out": any(kinds[path] == "Conv1D" for path in paths),
+        "modules_to_save": None,
+    }
+
+
+def refuse(keys: Mapping[str, Any], harmless: Mapping[str, tuple[Any, ...]]) -> None:
+    """What a reader of peft's config must not overlook, with the values that change nothing. Raises FormatError."""
+    for key, values in harmless.items():
+        if keys.get(key) not in values:
+            raise FormatError(f"adapter_config.json: {key} is {keys[key]!r}, which cannot be read yet")
+
+
+def renamed(tensors: Mapping[str, Any], names: Mapping[str, str], skeleton: Skeleton) -> dict[str, Any]:
+    """Tensors of a file under our names; `names` maps the ending of a name there to ours. Raises FormatError."""
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        path, end = place(name, names, skeleton)
+        found[f"{path}.{names[end]}"] = tensor
+    if not found:
+        raise FormatError(f"adapter_model.safetensors holds none of {', '.join(names)}")
+    return found
+
+
+def paths_of(tensors: Iterable[str]) -> list[str]:
+    """The modules that tensors under our names belong to, each once."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))

@@ -28,6 +28,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "prefix": {"num_virtual_tokens": 3},
     "bottleneck": {},
     "bitfit": {"add_missing": True},
+    "dora": {"rank": 2},
 }
 
 

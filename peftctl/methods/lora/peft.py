@@ -91,4 +91,4 @@ def read(
     return block, ours
 
 
-EXCHANGE = Exchange("LORA", write, read)
+EXCHANGE = Exchange("LORA", write, read, lambda keys: not keys.get("use_dora"))
