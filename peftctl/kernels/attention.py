@@ -89,7 +89,7 @@ def forest_attention(
         before = (t[layer].transpose(0, 1).to(k.dtype) for t in (state.keys, state.values))
         k, v = (torch.cat([own, real]) for own, real in zip(before, (k, v), strict=True))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None and not dropout and forest.applies(q, v, state.plan):
+    if softcap is None and not dropout and forest.applies(q, v):
         return forest.fused(q, k, v, state.plan, virtual, scale, causal, sliding_window)[None], None
     if flex.applies(q, dropout):
         return flex.flex(q, k, v, state.plan, virtual, scale, causal, sliding_window, softcap)[None], None

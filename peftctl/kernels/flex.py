@@ -58,7 +58,7 @@ def _mask(plan: Plan, virtual: int, causal: bool, window: int | None) -> Any:
     """Which token sees which: those on its path, virtual tokens before them, within the window."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    segment, position, above = plan.segment, plan.position, plan.above
+    segment, position, above = plan.batch.segment, plan.batch.positions, plan.above
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         at = (key - virtual).clamp(min=0)

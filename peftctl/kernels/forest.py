@@ -1,6 +1,6 @@
 """Attention over a forest's rectangles: explicit products with a backward of their own, and the plain twin.
 
-For short segments the products cost a fraction of a flash kernel's backward pass; long ones take the twin.
+On the CPU the products of short lines cost a fraction of a flash kernel's backward pass.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from peftctl.kernels.rectangles import Plan
 
-LONGEST = 320  # keys up to which the products are faster than flash attention; the probabilities are kept
+KEPT = 320  # keys up to which the probabilities are kept for the backward pass; of longer lines they are made again
 
 
-def applies(q: Tensor, v: Tensor, plan: Plan) -> bool:
+def applies(q: Tensor, v: Tensor) -> bool:
     """Whether the products are the faster way."""
-    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and plan.longest <= LONGEST
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
 
 
 def fused(
@@ -43,29 +43,33 @@ class _Forest(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:
         (_, heads, width), kv_heads = q.shape, k.shape[1]
-        rows = plan.rows(heads, kv_heads, virtual)
-        biases = plan.bias(causal, window, virtual, heads, kv_heads, q.dtype)
+        laid = plan.laid(causal)
+        rows, biases = laid.rows(heads, kv_heads, virtual), laid.biases(window, virtual, q.dtype)
         flat_q, flat_k, flat_v = (t.reshape(-1, width) for t in (q, k, v))
-        parts, chances = [], []
+        parts, kept = [], []
         for bias, query_rows, key_rows in zip(biases, rows.queries, rows.keys, strict=True):
-            queries = flat_q.index_select(0, query_rows).view(*bias.shape[:2], width)
-            keys, values = (t.index_select(0, key_rows).view(len(bias), -1, width) for t in (flat_k, flat_v))
-            scores = torch.baddbmm(bias, queries, keys.mT, alpha=scale)
-            chances.append(torch.softmax(scores, dim=-1))
-            parts.append((chances[-1] @ values).view(-1, width))
-        ctx.save_for_backward(flat_q, flat_k, flat_v, *chances)
-        ctx.rows, ctx.scale, ctx.shapes = rows, scale, (q.shape, k.shape)
+            batch = len(bias) * kv_heads
+            queries = flat_q.index_select(0, query_rows).view(batch, -1, width)
+            keys, values = (t.index_select(0, key_rows).view(batch, -1, width) for t in (flat_k, flat_v))
+            chances = _chances(queries, keys, bias, scale)
+            parts.append((chances @ values).view(-1, width))
+            if bias.shape[-1] <= KEPT:
+                kept.append(chances)
+        ctx.save_for_backward(flat_q, flat_k, flat_v, *kept)
+        ctx.rows, ctx.biases, ctx.scale, ctx.shapes = rows, biases, scale, (q.shape, k.shape)
         return torch.cat(parts).index_select(0, rows.inverse).view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat_q, flat_k, flat_v, *chances = ctx.saved_tensors
-        width, rows = flat_q.shape[1], ctx.rows
-        grad = grads[0].reshape(-1, width)
+        flat_q, flat_k, flat_v, *kept = ctx.saved_tensors
+        (shape_q, shape_k), width, rows = ctx.shapes, flat_q.shape[1], ctx.rows
+        grad, again = grads[0].reshape(-1, width), iter(kept)
         dqs, dks, dvs = [], [], []
-        for p, query_rows, key_rows, real in zip(chances, rows.queries, rows.keys, rows.real, strict=True):
-            queries, out = (t.index_select(0, query_rows).view(*p.shape[:2], width) for t in (flat_q, grad))
-            keys, values = (t.index_select(0, key_rows).view(len(p), -1, width) for t in (flat_k, flat_v))
+        for bias, query_rows, key_rows, real in zip(ctx.biases, rows.queries, rows.keys, rows.real, strict=True):
+            batch = len(bias) * shape_k[1]
+            queries, out = (t.index_select(0, query_rows).view(batch, -1, width) for t in (flat_q, grad))
+            keys, values = (t.index_select(0, key_rows).view(batch, -1, width) for t in (flat_k, flat_v))
+            p = next(again) if bias.shape[-1] <= KEPT else _chances(queries, keys, bias, ctx.scale)
             if real is not None:  # what a padded query answers is nobody's
                 out.view(len(real), -1, real.shape[2], width).mul_(real)
             slopes = torch._softmax_backward_data(out @ values.mT, p, -1, p.dtype)
@@ -73,10 +77,17 @@ class _Forest(torch.autograd.Function):
             dks.append((slopes.mT @ queries).view(-1, width))
             dvs.append((p.mT @ out).view(-1, width))
         dq = torch.cat(dqs).index_select(0, rows.inverse).mul_(ctx.scale)
-        # each key's gradients from all the segments that see it, summed in fp32 and in one order
+        # each key's gradients from all the lines that see it, summed in fp32 and in one order
         dk, dv = (F.embedding_bag(rows.order, torch.cat(d), rows.offsets, mode="sum") for d in (dks, dvs))
-        shape_q, shape_k = ctx.shapes
         return dq.view(shape_q), dk.mul_(ctx.scale).view(shape_k), dv.view(shape_k), *([None] * 5)
+
+
+def _chances(queries: Tensor, keys: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The probabilities (G * H_kv, repeat * Q, K) of a rectangle whose bias is (G, 1, 1, Q, K)."""
+    scores = torch.baddbmm(queries.new_zeros(()), queries, keys.mT, beta=0, alpha=scale)
+    groups, *_, rows, depth = bias.shape
+    scores.view(groups, keys.shape[0] // groups, -1, rows, depth).add_(bias)
+    return torch.softmax(scores, dim=-1)
 
 
 def plain(
@@ -92,11 +103,11 @@ def plain(
     softcap: float | None = None,
 ) -> Tensor:
     """The plain twin, by torch's own attention: also with dropout on the probabilities and a cap on the scores."""
-    front, parts = torch.arange(virtual, device=q.device), []
-    for r, mask in zip(plan.rectangles, plan.visible(causal, window, virtual), strict=True):
+    laid, front, parts = plan.laid(causal), torch.arange(virtual, device=q.device), []
+    for r, mask in zip(laid.rectangles, laid.visible(window, virtual), strict=True):
         places = torch.cat([front.expand(len(r.keys), -1), r.keys + virtual], dim=1)
         parts.append(_attend(q[r.queries], k[places], v[places], mask, scale, dropout, softcap).flatten(0, 1))
-    return torch.cat(parts)[plan.inverse]
+    return torch.cat(parts)[laid.inverse]
 
 
 def _attend(

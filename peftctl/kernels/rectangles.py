@@ -1,13 +1,15 @@
-"""Where the queries and keys of a forest lie: segments of like length gathered into a few rectangles.
+"""Where the queries and keys of a forest lie: lines of like length gathered into a few rectangles.
 
-There is neither a (tokens x tokens) mask nor a call for each segment: the queries of one are a line of a rectangle, its
-keys are its ancestors' tokens and its own.
+There is neither a (tokens x tokens) mask nor a call for each segment. A line is a segment's queries, or a part of them
+where it is long; its keys are the tokens of its path, up to its own end where attention is causal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +17,25 @@ from torch import Tensor
 
 from peftctl.batch import Batch
 
-GROUPS = 3  # rectangles a micro-batch; more cost calls, fewer cost padding
+QUERIES = 128  # longest line: causal keys end with it, so shorter lines waste less and cost more calls
+OVERHEAD = 4096  # what a rectangle costs beside its area, in (query, key) pairs; measured with 9 heads
+LARGEST = 1 << 20  # pairs in a rectangle of several lines; a bound on the memory of its scores
+CUTS = 48  # places where the sorted lines may be cut; near-equal lengths lie side by side anyway
 BEYOND = torch.iinfo(torch.long).max
 
 
+class Line(NamedTuple):
+    keys: Tensor  # token index of each key, in the order of the path
+    first: int  # place of the first query on the path
+    end: int  # and of the one after the last
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.end - self.first, len(self.keys)
+
+
 class Rectangle(NamedTuple):
-    """Some segments' queries and keys by token index, padded to one length each."""
+    """Some lines' queries and keys by token index, padded to one length each."""
 
     queries: Tensor  # (G, Q) token index
     keys: Tensor  # (G, K) token index
@@ -40,82 +55,76 @@ class Rows(NamedTuple):
 
 
 @dataclass
-class Plan:
-    """Where every query and key of a batch lies. What layers have in common is made once and kept."""
+class Laid:
+    """Rectangles, and what layers have in common, made once and kept."""
 
+    causal: bool
     rectangles: tuple[Rectangle, ...]
     inverse: Tensor  # (T,) place of each token among all rectangles' queries
-    segment: Tensor  # (T,) segment of each token
-    position: Tensor  # (T,) place of each token on its path
-    above: Tensor  # (S, S) whether the second segment is the first or one of its ancestors
-    masks: dict[tuple[bool, int | None, int], list[Tensor]] = field(default_factory=dict)
-    biases: dict[tuple[object, ...], list[Tensor]] = field(default_factory=dict)
-    all_rows: dict[tuple[int, int, int], Rows] = field(default_factory=dict)
-    kept: dict[tuple[object, ...], Any] = field(default_factory=dict)  # what another kernel makes of the plan
+    _masks: dict[tuple[int | None, int], list[Tensor]] = field(default_factory=dict)
+    _biases: dict[tuple[int | None, int, torch.dtype], list[Tensor]] = field(default_factory=dict)
+    _rows: dict[tuple[int, int, int], Rows] = field(default_factory=dict)
 
-    @property
-    def tokens(self) -> int:
-        return len(self.inverse)
-
-    @property
-    def longest(self) -> int:
-        """The largest number of real keys a query may see."""
-        return max(r.keys.shape[1] for r in self.rectangles)
-
-    def visible(self, causal: bool, window: int | None, virtual: int) -> list[Tensor]:
+    def visible(self, window: int | None, virtual: int) -> list[Tensor]:
         """Per rectangle, (G, 1, Q, virtual + K), true where a query sees a key."""
-        if (causal, window, virtual) not in self.masks:
-            self.masks[causal, window, virtual] = [_visible(r, causal, window, virtual) for r in self.rectangles]
-        return self.masks[causal, window, virtual]
+        if (window, virtual) not in self._masks:
+            self._masks[window, virtual] = [_visible(r, self.causal, window, virtual) for r in self.rectangles]
+        return self._masks[window, virtual]
 
-    def bias(
-        self, causal: bool, window: int | None, virtual: int, heads: int, kv_heads: int, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """Per rectangle, (G * kv_heads, repeat * Q, virtual + K): 0 where seen, else the lowest number."""
-        key = (causal, window, virtual, heads, kv_heads, dtype)
-        if key not in self.biases:
-            self.biases[key] = [
-                torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-                .masked_fill(~mask, torch.finfo(dtype).min)[:, :, None]
-                .expand(-1, kv_heads, heads // kv_heads, -1, -1)
-                .reshape(len(mask) * kv_heads, -1, mask.shape[-1])
-                for mask in self.visible(causal, window, virtual)
+    def biases(self, window: int | None, virtual: int, dtype: torch.dtype) -> list[Tensor]:
+        """Per rectangle, (G, 1, 1, Q, virtual + K), 0 where a query sees a key, else -inf: faster added than filled."""
+        if (window, virtual, dtype) not in self._biases:
+            self._biases[window, virtual, dtype] = [
+                torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)[:, None]
+                for mask in self.visible(window, virtual)
             ]
-        return self.biases[key]
+        return self._biases[window, virtual, dtype]
 
     def rows(self, heads: int, kv_heads: int, virtual: int) -> Rows:
-        if (heads, kv_heads, virtual) not in self.all_rows:
-            self.all_rows[heads, kv_heads, virtual] = _rows(self, heads, kv_heads, virtual)
-        return self.all_rows[heads, kv_heads, virtual]
+        if (heads, kv_heads, virtual) not in self._rows:
+            self._rows[heads, kv_heads, virtual] = _rows(self, heads, kv_heads, virtual)
+        return self._rows[heads, kv_heads, virtual]
 
 
-def plan(batch: Batch) -> Plan:
-    """The plan of a batch, on the batch's device."""
-    tokens = [_path_tokens(batch, s) for s in range(len(batch.parent))]
-    sizes = [(end - start, len(t)) for (start, end), t in zip(batch.spans, tokens, strict=True)]
-    rectangles, order = [], []
-    for group in _groups(sizes):
-        rectangles.append(_rectangle(group, tokens, sizes))
-        order.append(rectangles[-1].queries.flatten())
-    real = torch.cat([(r.query_positions >= 0).flatten() for r in rectangles])
-    inverse = _inverse(torch.cat(order), real, len(batch))
-    device = batch.ids.device
-    moved = tuple(Rectangle(*(t.to(device) for t in r)) for r in rectangles)
-    return Plan(moved, inverse.to(device), batch.segment, batch.positions, _above(batch).to(device))
+class Plan:
+    """Where every query and key of a batch lies, on the batch's device."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.tokens = len(batch)
+        self.kept: dict[tuple[object, ...], Any] = {}  # what a kernel of another kind makes of the plan
+        self._laid: dict[bool, Laid] = {}
+
+    def laid(self, causal: bool) -> Laid:
+        if causal not in self._laid:
+            self._laid[causal] = self._lay(causal)
+        return self._laid[causal]
+
+    def _lay(self, causal: bool) -> Laid:
+        lines = [line for s in range(len(self.batch.parent)) for line in _lines(self.batch, s, causal)]
+        rectangles = [_rectangle([lines[i] for i in group]) for group in _groups([line.size for line in lines])]
+        places = torch.cat([r.queries.flatten() for r in rectangles])
+        real = torch.cat([(r.query_positions >= 0).flatten() for r in rectangles])
+        device = self.batch.ids.device
+        moved = tuple(Rectangle(*(t.to(device) for t in r)) for r in rectangles)
+        return Laid(causal, moved, _inverse(places, real, self.tokens).to(device))
+
+    @cached_property
+    def above(self) -> Tensor:
+        """(S, S) whether the second segment is the first or one of its ancestors."""
+        above = torch.eye(len(self.batch.parent), dtype=torch.bool)
+        for segment, parent in enumerate(self.batch.parent.tolist()):  # parents come before their children
+            if parent >= 0:
+                above[segment] |= above[parent]
+        return above.to(self.batch.ids.device)
 
 
-def _above(batch: Batch) -> Tensor:
-    above = torch.eye(len(batch.parent), dtype=torch.bool)
-    for segment, parent in enumerate(batch.parent.tolist()):  # parents come before their children
-        if parent >= 0:
-            above[segment] |= above[parent]
-    return above
-
-
-def _inverse(places: Tensor, real: Tensor, size: int) -> Tensor:
-    inverse = torch.empty(size, dtype=torch.long, device=places.device)
-    inverse[places[real]] = torch.arange(len(places), device=places.device)[real]
-    return inverse
+def _lines(batch: Batch, segment: int, causal: bool) -> list[Line]:
+    tokens = _path_tokens(batch, segment)
+    start, end = batch.spans[segment]
+    before = len(tokens) - (end - start)
+    cuts = [*range(before, len(tokens), QUERIES), len(tokens)]
+    return [Line(tokens[:b] if causal else tokens, a, b) for a, b in pairwise(cuts)]
 
 
 def _path_tokens(batch: Batch, segment: int) -> Tensor:
@@ -128,38 +137,48 @@ def _path_tokens(batch: Batch, segment: int) -> Tensor:
 
 
 def _groups(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Split the segments, sorted by length, into at most GROUPS runs of least padded area."""
-    order = sorted(range(len(sizes)), key=lambda s: (sizes[s][1], sizes[s][0]))
+    """The lines, sorted by length and cut into runs so that padded areas and overheads sum to the least."""
+    order = sorted(range(len(sizes)), key=lambda i: (sizes[i][1], sizes[i][0]))
+    ends = [*range(0, len(order), max(1, -(-len(order) // CUTS))), len(order)]
+    best: list[tuple[float, int]] = [(0.0, 0)]  # per cut: the cost of all before it, and the cut before it
+    for b in range(1, len(ends)):
+        width, depth, found = 0, 0, (float("inf"), 0)
+        for a in range(b - 1, -1, -1):
+            run = order[ends[a] : ends[a + 1]]
+            width = max(width, *(sizes[i][0] for i in run))
+            depth = max(depth, *(sizes[i][1] for i in run))
+            area = (ends[b] - ends[a]) * width * depth
+            if area > LARGEST and a < b - 1:
+                break
+            found = min(found, (best[a][0] + area + OVERHEAD, a))
+        best.append(found)
+    groups, b = [], len(ends) - 1
+    while b:
+        a = best[b][1]
+        groups.append(order[ends[a] : ends[b]])
+        b = a
+    return groups[::-1]
 
-    def area(low: int, high: int) -> int:
-        run = [sizes[s] for s in order[low:high]]
-        return len(run) * max(q for q, _ in run) * max(k for _, k in run)
 
-    n = len(order)
-    step = max(1, n // 48)  # a bound on the search; near-equal lengths lie side by side anyway
-    cuts = list(range(step, n, step))
-    best = min(
-        ((area(0, a) + area(a, b) + area(b, n), (0, a, b, n)) for i, a in enumerate(cuts) for b in cuts[i + 1 :]),
-        default=(area(0, n), (0, n)),
-    )
-    if GROUPS < 3 or best[0] >= area(0, n):
-        best = (area(0, n), (0, n))
-    return [order[low:high] for low, high in zip(best[1], best[1][1:], strict=False)]
-
-
-def _rectangle(group: list[int], tokens: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Rectangle:
-    width, depth = max(sizes[s][0] for s in group), max(sizes[s][1] for s in group)
-    queries = torch.zeros(len(group), width, dtype=torch.long)
-    keys = torch.zeros(len(group), depth, dtype=torch.long)
-    query_positions = torch.full((len(group), width), -1)
-    key_positions = torch.full((len(group), depth), BEYOND)
-    for g, s in enumerate(group):
-        q, k = sizes[s]
-        queries[g, :q] = tokens[s][k - q :]
-        keys[g, :k] = tokens[s]
-        query_positions[g, :q] = torch.arange(k - q, k)
+def _rectangle(lines: Sequence[Line]) -> Rectangle:
+    width, depth = (max(column) for column in zip(*(line.size for line in lines), strict=True))
+    queries = torch.zeros(len(lines), width, dtype=torch.long)
+    keys = torch.zeros(len(lines), depth, dtype=torch.long)
+    query_positions = torch.full((len(lines), width), -1)
+    key_positions = torch.full((len(lines), depth), BEYOND)
+    for g, line in enumerate(lines):
+        q, k = line.size
+        queries[g, :q] = line.keys[line.first : line.end]
+        keys[g, :k] = line.keys
+        query_positions[g, :q] = torch.arange(line.first, line.end)
         key_positions[g, :k] = torch.arange(k)
     return Rectangle(queries, keys, query_positions, key_positions)
+
+
+def _inverse(places: Tensor, real: Tensor, size: int) -> Tensor:
+    inverse = torch.empty(size, dtype=torch.long, device=places.device)
+    inverse[places[real]] = torch.arange(len(places), device=places.device)[real]
+    return inverse
 
 
 def _visible(r: Rectangle, causal: bool, window: int | None, virtual: int) -> Tensor:
@@ -181,23 +200,23 @@ def _visible(r: Rectangle, causal: bool, window: int | None, virtual: int) -> Te
     return seen[:, None]
 
 
-def _rows(plan: Plan, heads: int, kv_heads: int, virtual: int) -> Rows:
-    device = plan.inverse.device
+def _rows(laid: Laid, heads: int, kv_heads: int, virtual: int) -> Rows:
+    device, tokens = laid.inverse.device, len(laid.inverse)
     groups, head = torch.arange(kv_heads, device=device), torch.arange(heads, device=device).view(kv_heads, -1)
     queries, keys, real, real_queries, real_keys = [], [], [], [], []
-    for r in plan.rectangles:
+    for r in laid.rectangles:
         queries.append((r.queries[:, None, None, :] * heads + head[:, :, None]).flatten())
         padded = r.query_positions < 0
         real.append((~padded)[:, None, :, None] if padded.any() else None)
         real_queries.append((~padded)[:, None, None, :].expand(-1, *head.shape, -1).flatten())
         before = torch.arange(virtual, device=device).expand(len(r.keys), -1)
-        tokens = torch.cat([before, r.keys + virtual], dim=1)
-        keys.append((tokens[:, None, :] * kv_heads + groups[:, None]).flatten())
+        path = torch.cat([before, r.keys + virtual], dim=1)
+        keys.append((path[:, None, :] * kv_heads + groups[:, None]).flatten())
         there = torch.cat([before >= 0, r.key_positions < BEYOND], dim=1)
         real_keys.append(there[:, None, :].expand(-1, kv_heads, -1).flatten())
-    inverse = _inverse(torch.cat(queries), torch.cat(real_queries), plan.tokens * heads)
+    inverse = _inverse(torch.cat(queries), torch.cat(real_queries), tokens * heads)
     places = torch.cat(real_keys).nonzero().flatten()
     rows = torch.cat(keys)[places]
-    counts = torch.bincount(rows, minlength=(virtual + plan.tokens) * kv_heads)
+    counts = torch.bincount(rows, minlength=(virtual + tokens) * kv_heads)
     order = places[torch.argsort(rows, stable=True)]
     return Rows(tuple(queries), tuple(keys), tuple(real), inverse, order, counts.cumsum(0) - counts)

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftctl.batch import build
 from peftctl.kernels import forest
 from peftctl.kernels.flex import flex
-from peftctl.kernels.rectangles import Plan, plan
+from peftctl.kernels.rectangles import LARGEST, Plan
 from peftctl.row import Row
 
 CASES = [
@@ -37,7 +37,7 @@ def rows() -> list[Row]:
 
 
 def tensors(heads: int, kv_heads: int, virtual: int, dtype: torch.dtype, causal: bool) -> tuple[Plan, list[Tensor]]:
-    made = plan(build(rows(), share="all" if causal else "none"))
+    made = Plan(build(rows(), share="all" if causal else "none"))
     generator = torch.Generator().manual_seed(1)
     shapes = [(made.tokens, heads, 8), *[(virtual + made.tokens, kv_heads, 8)] * 2]
     return made, [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
@@ -90,7 +90,7 @@ def test_each_query_sees_its_path_and_nothing_else(case: Sequence[int]) -> None:
 
 
 def test_gradients_by_finite_differences() -> None:
-    small = plan(build([row(1, 2, 3), row(1, 2, 4, 5)]))
+    small = Plan(build([row(1, 2, 3), row(1, 2, 4, 5)]))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(n, h, 3, generator=generator, dtype=torch.float64).requires_grad_()
@@ -118,7 +118,7 @@ def test_flex_attention_on_a_card(case: Sequence[int]) -> None:
     heads, kv_heads, virtual, causal, window = case
     found = []
     for attend in (flex, forest.plain):
-        made = plan(build(rows(), share="all" if causal else "none").to("cuda"))
+        made = Plan(build(rows(), share="all" if causal else "none").to("cuda"))
         generator = torch.Generator().manual_seed(1)
         shapes = [(made.tokens, heads, 16), *[(virtual + made.tokens, kv_heads, 16)] * 2]
         qkv = [torch.randn(s, generator=generator).cuda().requires_grad_() for s in shapes]
@@ -128,9 +128,29 @@ def test_flex_attention_on_a_card(case: Sequence[int]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_long_rows_and_unlike_widths_take_the_twin() -> None:
-    made, (q, _, v) = tensors(4, 4, 0, torch.float32, True)
-    assert forest.applies(q, v, made)
-    assert not forest.applies(q, v[..., :4], made)
-    long = plan(build([row(*range(forest.LONGEST + 1))]))
-    assert not forest.applies(q, v, long)
+def test_unlike_widths_take_the_twin() -> None:
+    _, (q, _, v) = tensors(4, 4, 0, torch.float32, True)
+    assert forest.applies(q, v) and not forest.applies(q, v[..., :4])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "kept", "overhead"), [(3, 0, 1), (5, 8, 10), (128, 320, 10**9)])
+def test_however_lines_are_cut_and_grouped_the_result_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, queries: int, kept: int, overhead: int, causal: bool
+) -> None:
+    case = (6, 2, 2, causal, None)
+    expected = both(case, torch.float64)[0]
+    monkeypatch.setattr("peftctl.kernels.rectangles.QUERIES", queries)
+    monkeypatch.setattr("peftctl.kernels.rectangles.OVERHEAD", overhead)
+    monkeypatch.setattr("peftctl.kernels.forest.KEPT", kept)
+    for found in both(case, torch.float64):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_causal_keys_end_with_their_line_and_no_rectangle_is_too_large() -> None:
+    made = Plan(build([row(*range(1, 600)), row(*range(700, 720))])).laid(True)
+    pairs = sum(r.queries.numel() * r.keys.shape[1] for r in made.rectangles)
+    assert pairs < 0.65 * 599 * 599 and len(made.rectangles) > 2
+    many = Plan(build([row(*range(i, 2000 + i)) for i in range(1, 9)])).laid(True)
+    assert all(len(r.queries) == 1 or r.queries.numel() * r.keys.shape[1] <= LARGEST for r in many.rectangles)
