@@ -79,13 +79,19 @@ def fuse(model: Any, attachment: Attachment, *, pack: bool) -> None:
             places[module] = (siblings, place)
     replaced = {module: siblings.forward_of(place) for module, (siblings, place) in places.items()}
     with attachment.disabled():
-        for module in model.modules():
+        replacing = _replaced(model, attachment)
+        for module in (m for m in model.modules() if m not in replacing):
             forward = _gated_forward(module, places) or _norm_forward(module)
             if forward is not None:
                 replaced[module] = forward
     for module, forward in replaced.items():
         module.forward = forward
     attachment.at_removal(lambda: _restore(replaced))
+
+
+def _replaced(model: nn.Module, attachment: Attachment) -> set[nn.Module]:
+    """The modules that run with parameters other than their own."""
+    return {model.get_submodule(place.path) for place in attachment.places if place.delta.stands_in}
 
 
 def _gated_forward(module: nn.Module, places: Places) -> Callable[[Tensor], Tensor] | None:
@@ -183,9 +189,9 @@ def _sharing_input(model: Any, attachment: Attachment) -> list[list[tuple[str, n
     """The frozen linears of the trunk that a pass calls once, those that receive the same tensor together."""
     seen: list[tuple[str, nn.Module, Tensor]] = []
     handles = []
-    trunk = model.base_model
+    trunk, replaced = model.base_model, _replaced(model, attachment)
     for path, module in model.named_modules():
-        if _plain_linear(module):
+        if module not in replaced and _plain_linear(module):
             handles.append(
                 module.register_forward_pre_hook(
                     lambda m, args, kwargs, path=path: seen.append((path, m, args[0] if args else kwargs["input"])),

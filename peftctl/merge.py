@@ -73,6 +73,7 @@ def merge(
 def folds_of(attachment: Attachment, model: nn.Module) -> Folds:
     """Every delta under the parameters that it changes. Raises Unfoldable for one that no weight can hold."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    mirrored = {dotted(path, name) for path, delta in attachment.named_deltas() for name in delta.mirrors()}
     found: Folds = {}
     for path, delta in attachment.named_deltas():
         if not delta.folds():
@@ -83,14 +84,15 @@ def folds_of(attachment: Attachment, model: nn.Module) -> Folds:
             if full not in parameters:
                 delta.fold(name, torch.zeros(0))
                 raise Unfoldable(f"{full}: the base has no such parameter, so the change has nowhere to go")
-            _alone(full, parameters)
+            _alone(full, parameters, mirrored)
             found.setdefault(full, []).append(Fold(name, delta))
     return found
 
 
-def _alone(full: str, parameters: Mapping[str, nn.Parameter]) -> None:
+def _alone(full: str, parameters: Mapping[str, nn.Parameter], mirrored: set[str]) -> None:
+    """Refuse a change of a tied parameter that is not made at all its places."""
     others = [name for name, p in parameters.items() if p is parameters[full] and name != full]
-    if others:
+    if len({full, *others} - mirrored) > 1:
         raise Unfoldable(
             f"{full} is tied to {', '.join(others)}, so folding would change both: "
             "leave it out of the targets, or serve the adapter unmerged"
@@ -106,13 +108,15 @@ def _on_disk(model: Any, folds: Folds, found: list[Shard]) -> Folds:
         usable = place.whole and stored[name].dtype in DTYPES and stored[name].shape == shapes.get(place.parameter)
         sources.setdefault(place.parameter, []).append(name if usable else "")
     lost = [full for full in folds if len(sources.get(full, [])) != 1 or not sources[full][0]]
-    if lost:
+    # of a tied parameter, files hold one place or all
+    unstored = {full for full in lost if full not in sources and all(f.name in f.delta.mirrors() for f in folds[full])}
+    if lost := [full for full in lost if full not in unstored]:
         raise Unfoldable(
             f"{', '.join(lost[:5])}{f' and {len(lost) - 5} more' if len(lost) > 5 else ''}: not in the base's files as "
             f"one floating-point tensor of the model's shape ({type(model).__name__}), which merging does not "
             "translate yet; serve the adapter unmerged"
         )
-    return {sources[full][0]: deltas for full, deltas in folds.items()}
+    return {sources[full][0]: deltas for full, deltas in folds.items() if full not in unstored}
 
 
 def _laid_out(shard: Shard, dtype: str | None) -> list[Entry]:

@@ -23,6 +23,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},
     "bottleneck": {"reduction_factor": 4},
     "bitfit": {"add_missing": True},
+    "ia3": {},
+    "ln-tuning": {},
+    "full": {},
     "prefix": {"num_virtual_tokens": 3},
     "dora": {"rank": 4},
 }
@@ -72,6 +75,14 @@ def test_every_kind_of_delta_goes_on(method: str) -> None:
     found.fuse(pack=True)
     fused = answers(found)
     assert near(fused[0], logprob) and all(near(a, b) for a, b in zip(fused[1], gradients, strict=True))
+
+
+@pytest.mark.parametrize("method", ["ln-tuning", "full"])
+def test_modules_with_other_parameters_keep_their_own_forward(method: str) -> None:
+    found = policy("llama", method)
+    found.fuse(pack=False)
+    places = [found.model.get_submodule(path) for path in found.attachment.paths]
+    assert places and not [m for m in places if "forward" in vars(m)]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

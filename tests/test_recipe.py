@@ -345,7 +345,7 @@ def test_smoke_hides_no_mistake() -> None:
         recipe.load(Path("r.yaml"), smoke=True)
     assert str(caught.value).splitlines() == [
         "--smoke: model.name is missing: hub id, local folder, .gguf file, or a bare config.json",
-        "r.yaml:1:9: method.name is missing: one of bitfit, bottleneck, lora, prefix",
+        "r.yaml:1:9: method.name is missing: one of " + ", ".join(methods.names()),
         "r.yaml:2:1: data.train is missing: a JSONL or JSON file",
         "r.yaml:3:30: objective.beta is 0; a number above 0.0 is meant",
     ]

@@ -14,6 +14,7 @@ from peftctl.skeleton import LINEAR, Module, Skeleton
 ATTENTION_OUTPUT = frozenset({"o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "o"})
 QUERY = frozenset({"q_proj", "query", "q_lin", "q"})
 KEY = frozenset({"k_proj", "key", "k_lin", "k"})
+VALUE = frozenset({"v_proj", "value", "v_lin", "v"})
 
 
 class Block(NamedTuple):
@@ -55,6 +56,34 @@ def normalises_after(skeleton: Skeleton) -> bool:
     """Whether blocks end in their norm (BERT) instead of a final norm following all of them (GPT-2, Llama)."""
     (stack,) = _stacks(skeleton)
     return not any(m.kind == "Norm" and f"{stack}.".startswith(f"{_parent(m.path)}.") for m in skeleton.modules)
+
+
+def keys_and_values(skeleton: Skeleton, block: Block) -> tuple[Module, ...]:
+    """The projections that make a block's keys and values: two, or one fused with the query's; none if not found."""
+    size = skeleton.dimensions
+    keys, values = block.named(KEY), block.named(VALUE)
+    if len(keys) == len(values) == 1:
+        return keys + values
+    fused = (size.heads + 2 * size.kv_heads) * size.head_dim
+    found = tuple(m for m in block.attention if m.out_features == fused)
+    return found if len(found) == 1 and len(block.attention) == 2 else ()
+
+
+def down_projection(skeleton: Skeleton, block: Block) -> Module | None:
+    """The linear that ends a block's MLP, None where there is no single one."""
+    found = [m for m in block.mlp if m.out_features == skeleton.dimensions.hidden]
+    if len(found) > 1 and len(block.mlp) <= 3:  # an MLP as wide as the hidden state: what ends it is defined last
+        found = found[-1:]
+    return found[0] if len(found) == 1 else None
+
+
+def input_embedding(skeleton: Skeleton) -> Module:
+    """The lookup of the tokens. Raises TargetError where it is not found."""
+    rows = skeleton.dimensions.vocabulary
+    found = [m for m in skeleton.modules if m.kind == "Embedding" and m.in_features == rows]
+    if not found:
+        raise TargetError(f"method: {skeleton.architecture} has no embedding of its {rows:,} tokens")
+    return found[0]
 
 
 def _parent(path: str) -> str:

@@ -1,7 +1,7 @@
-"""What a method puts into a base: deltas at dotted paths, hung on the modules' outputs by hooks.
+"""What a method puts into a base: deltas at dotted paths, hung on the modules by hooks.
 
-The base's modules, names and bits stay as they are: a hook hands each module's output to the deltas at its path, and
-with a delta disabled the output passes through untouched.
+The base's modules, names and bits stay as they are: a hook hands each module's output (or input) to the deltas at its
+path, or lets their tensors stand in for its parameters while it runs; with a delta disabled the module is the base's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ class Delta(nn.Module):
 
     enabled = True
     reenters = False  # the answer of `forward` is a new input, on which the module runs once more (its output counts)
+    on_input = False  # `forward` is asked before the module runs, with its input as `x` and `y`; the answer is run on
+    stands_in = False  # there is no `forward`: the module runs with `stand_ins` in the place of its own parameters
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is saved, by a name relative to the delta."""
@@ -35,6 +37,10 @@ class Delta(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The changed output, from the module's first input `x` and its output `y`; the shape of `y` is kept."""
         raise NotImplementedError
+
+    def stand_ins(self) -> dict[str, Tensor]:
+        """Values of the module's parameters, by their names there, where `stands_in`. The dtype need not be theirs."""
+        return {}
 
     def product(self) -> Product | None:
         """The change as a low-rank product of the module's input, where it is one: what the fast kernels serve."""
@@ -49,6 +55,10 @@ class Delta(nn.Module):
 
     def folds(self) -> tuple[str, ...]:
         """Names of the module's parameters that `fold` changes (`weight`, `bias`)."""
+        return ()
+
+    def mirrors(self) -> tuple[str, ...]:
+        """Those of `folds` that are tied to a parameter elsewhere, where the same change is made by another delta."""
         return ()
 
 
@@ -156,6 +166,13 @@ class Attachment(nn.Module):
         """Hang the deltas on the model. The order of the places is the order of their application."""
         for index, place in enumerate(self.places):
             module, handles = model.get_submodule(place.path), self._handles.setdefault(index, [])
+            if place.delta.stands_in:
+                handles.append(module.register_forward_pre_hook(_replacing(place.delta)))
+                handles.append(module.register_forward_hook(_restoring(place.delta), always_call=True))
+                continue
+            if place.delta.on_input:
+                handles.append(module.register_forward_pre_hook(_preparing(place.delta), with_kwargs=True))
+                continue
             if place.source is not None:
                 source = model.get_submodule(place.source)
                 handles.append(source.register_forward_pre_hook(self._capturing(index), with_kwargs=True))
@@ -201,6 +218,34 @@ class Attachment(nn.Module):
             return delta(x, output)
 
         return hook
+
+
+def _preparing(delta: Delta) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not delta.enabled:
+            return None
+        x = _first_input(args, kwargs)
+        changed = delta(x, x)
+        return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): changed})
+
+    return hook
+
+
+def _replacing(delta: Delta) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if delta.enabled:
+            # an attribute is found before a registered parameter of its name, which stays as it is
+            vars(module).update({n: t.to(module.get_parameter(n).dtype) for n, t in delta.stand_ins().items()})
+
+    return hook
+
+
+def _restoring(delta: Delta) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for name in delta.stand_ins():
+            vars(module).pop(name, None)
+
+    return hook
 
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

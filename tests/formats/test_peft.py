@@ -24,6 +24,9 @@ from peftctl.surgery import skeleton
 from tests.models import logits, tiny
 
 BLOCKS: dict[str, dict[str, Any]] = {
+    "ia3": {},
+    "ln-tuning": {},
+    "full": {"last_layers": 1},
     "lora": {"rank": 2, "target_modules": ["q_proj", "v_proj"]},
     "prefix": {"num_virtual_tokens": 3},
     "bottleneck": {},
@@ -138,7 +141,7 @@ def folder_with(folder: Path, config: Any, weights: str | None = WEIGHTS) -> Pat
         ({"peft_type": "LORA", "r": 4}, None, "no adapter_model.safetensors"),
         ({"config": {"architecture": None}, "version": "adapters.1.0"}, None, "adapter-hub's"),
         ({"r": 4}, WEIGHTS, "no peft_type"),
-        ({"peft_type": "IA3"}, WEIGHTS, "peft_type IA3 is not read; .*LORA.* are"),
+        ({"peft_type": "BOFT"}, WEIGHTS, "peft_type BOFT is not read; .*LORA.* are"),
         ({"peft_type": "PREFIX_TUNING"}, WEIGHTS, "wide"),
         ({"peft_type": "LORA", "r": "many"}, WEIGHTS, "adapter"),
         ({"peft_type": OWN_TYPE}, WEIGHTS, "peftctl.json"),

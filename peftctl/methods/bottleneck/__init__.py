@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from peftctl.methods._places import places
 from peftctl.methods.base import Counted, Method, MethodConfig, Traits
 from peftctl.skeleton import Skeleton
 
@@ -60,8 +61,6 @@ def _traits(config: BottleneckConfig) -> Traits:
 
 
 def _count(skeleton: Skeleton, config: BottleneckConfig) -> Counted:
-    from peftctl.methods.bottleneck.places import places
-
     hidden = skeleton.dimensions.hidden
     width = config.width_in(hidden)
     found = places(skeleton, config.preset)

@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from peftctl import surgery
 from peftctl.errors import Unfoldable
+from peftctl.methods._places import Place, places
 from peftctl.methods.attachment import Attachment, Delta, Injected
 from peftctl.methods.bottleneck import PRESETS, BottleneckConfig
-from peftctl.methods.bottleneck.places import Place, places
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,

@@ -1,18 +1,18 @@
-"""Where bottlenecks sit: where adapter-hub's `double_seq_bn`, `seq_bn` and `par_bn` compute the same."""
+"""Where small networks sit in a block: where adapter-hub's `double_seq_bn`, `seq_bn` and `par_bn` compute the same."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, NoReturn
 
 from peftctl.errors import TargetError
-from peftctl.methods._blocks import ATTENTION_OUTPUT, Block, blocks, normalises_after
+from peftctl.methods._blocks import ATTENTION_OUTPUT, Block, blocks, down_projection, normalises_after
 from peftctl.skeleton import Skeleton
 
 
 class Place(NamedTuple):
     path: str
-    source: str | None = None  # whose first input the bottleneck reads, where that is not its own place
-    normalised: bool = False  # the place is a norm that comes after the residual: see delta.Renormalised
+    source: str | None = None  # whose first input the network reads, where that is not its own place
+    normalised: bool = False  # the place is a norm that comes after the residual: the network adds before it
 
 
 def places(skeleton: Skeleton, preset: str) -> list[Place]:
@@ -42,12 +42,10 @@ def _attention_output(skeleton: Skeleton, block: Block) -> str:
 
 
 def _mlp_output(skeleton: Skeleton, block: Block) -> str:
-    found = [m for m in block.mlp if m.out_features == skeleton.dimensions.hidden]
-    if len(found) > 1:  # an MLP as wide as the hidden state: its output is what is defined last
-        found = found[-1:] if len(block.mlp) <= 3 else found
-    if len(found) != 1:
+    found = down_projection(skeleton, block)
+    if found is None:
         _refuse(skeleton, block, "single output projection of its MLP")
-    return found[0].path
+    return found.path
 
 
 def _mlp_source(skeleton: Skeleton, block: Block, after: bool) -> str:

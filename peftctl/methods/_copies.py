@@ -1,0 +1,46 @@
+"""Copies of a module's parameters that are trained in their place: for methods that train weights as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftctl.methods.attachment import Delta
+
+
+class Copies(Delta):
+    """fp32 copies (fp64 of fp64) of some of a module's own parameters, under their names.
+
+    `elsewhere`: parameters that are tied to one of another module, by name, with that module's copies and its name
+    there; they are neither saved nor trained twice.
+    """
+
+    stands_in = True
+
+    def __init__(
+        self, module: nn.Module, names: Iterable[str], elsewhere: Mapping[str, tuple[Copies, str]] | None = None
+    ) -> None:
+        super().__init__()
+        for name in names:
+            value = module.get_parameter(name).detach()
+            # the same numbers: step 0 is the base model
+            self.register_parameter(
+                name, nn.Parameter(value.to(torch.promote_types(value.dtype, torch.float32)).clone())
+            )
+        self.elsewhere = dict(elsewhere or {})
+
+    def stand_ins(self) -> dict[str, Tensor]:
+        own: dict[str, Tensor] = dict(self.named_parameters())
+        return own | {name: copies.get_parameter(there) for name, (copies, there) in self.elsewhere.items()}
+
+    def folds(self) -> tuple[str, ...]:
+        return tuple(self.stand_ins())
+
+    def mirrors(self) -> tuple[str, ...]:
+        return tuple(self.elsewhere)
+
+    def fold(self, name: str, weight: Tensor) -> Tensor:
+        value = self.stand_ins().get(name)
+        return weight if value is None else value.detach().to(weight.device)
