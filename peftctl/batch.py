@@ -63,12 +63,19 @@ class Batch:
 
     def role(self, name: str) -> Tensor:
         """Indices of the rows with that role, in order."""
-        return torch.tensor([i for i, role in enumerate(self.roles) if role == name], device=self.ids.device)
+        found = [i for i, role in enumerate(self.roles) if role == name]
+        return torch.tensor(found, dtype=torch.long, device=self.ids.device)
 
     def to(self, device: torch.device | str) -> Batch:
         labels = Labels(*(t.to(device) for t in self.labels))
         moved = {name: getattr(self, name).to(device) for name in ("ids", "positions", "segment", "parent")}
         return replace(self, labels=labels, **moved)
+
+    def only(self, *roles: str) -> Batch:
+        """The rows of these roles alone; what they share at their start is computed once if that was so before."""
+        kept = [row for row in self.rows if row.role in roles]
+        shared = any(len(path) > 1 for path in self.paths)
+        return build(kept, share="all" if shared else "none").to(self.ids.device)
 
     def unshared(self) -> Batch:
         """The same rows, each a tree of its own."""

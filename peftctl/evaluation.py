@@ -30,7 +30,7 @@ def evaluate(
     from peftctl.trainer import Question
     from peftctl.trainer import evaluate as measure
 
-    objective = _objective(recognise(read(file, 1)).kind, file)
+    objective = _objective(file)
     config = objective.config(name=objective.name)
     vocabulary = opened.found.skeleton.dimensions.vocabulary
     dataset, report = load(file, opened.chat, objective, config, max_length=max_length, vocabulary=vocabulary)
@@ -51,10 +51,11 @@ def _watched(batches: Iterable[Batch], total: int, progress: Progress) -> Iterat
         progress(done, total)
 
 
-def _objective(kind: str, file: str | Path) -> Any:
-    """The objective whose loss on such data tells a perplexity."""
-    for name in objectives.names():
-        objective = objectives.get(name)
-        if kind in objective.kinds and objective.likelihood:
+def _objective(file: str | Path) -> Any:
+    """The objective whose loss on such rows tells a perplexity."""
+    measured = [objective for objective in map(objectives.get, objectives.names()) if objective.likelihood]
+    kind = recognise(read(file, 1), wanted={kind for objective in measured for kind in objective.kinds}).kind
+    for objective in measured:
+        if kind in objective.kinds:
             return objective
     raise DataError(f"{file} holds {DESCRIBED[kind]}; give dialogues, or prompt and completion, to measure a loss")

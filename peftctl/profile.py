@@ -156,6 +156,11 @@ def _watched(job: Job, clock: Clock, tracer: Tracer) -> Job:
         clock.enter("backward")  # up to the next micro-batch's loss, or the end of all
         return found
 
+    def shared(*arguments: Any) -> Any:
+        if clock.part is not None:
+            clock.enter("forward")
+        return objective.shared(*arguments) if objective.shared is not None else None
+
     def after_backward(step: int, total: int) -> None:
         clock.enter("other")
         job.after_backward(step, total)
@@ -167,9 +172,10 @@ def _watched(job: Job, clock: Clock, tracer: Tracer) -> Job:
             tracer.after(clock.steps)
         job.emit(event)
 
+    changed = {"loss": loss} | ({"shared": shared} if objective.shared is not None else {})
     return replace(
         job,
-        question=replace(job.question, objective=replace(objective, loss=loss)),
+        question=replace(job.question, objective=replace(objective, **changed)),
         batches=_Batches(job.batches, clock, begin),
         after_backward=after_backward,
         emit=emit,

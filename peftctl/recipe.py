@@ -106,8 +106,8 @@ def _with_rows(root: Node) -> Node:
     name = root.at(("objective", "name")).plain()
     if name not in objectives.names():
         return root
-    kind = "preference" if "preference" in objectives.get(name).kinds else "messages"
-    rows = shared_folder("configs") / "data" / f"{kind}.jsonl"
+    shipped = [shared_folder("configs") / "data" / f"{kind}.jsonl" for kind in sorted(objectives.get(name).kinds)]
+    rows = next(path for path in shipped if path.is_file())
     for key, value in {"train": str(rows), "format": "auto", "columns": None}.items():
         root = merged(root, placed(f"data.{key}", value, Place("--smoke")))
     return root

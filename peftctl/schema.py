@@ -32,7 +32,9 @@ class DataConfig(Block):
         None, description="a share to hold out, or a file"
     )
     max_length: int = Field(1024, ge=2, description="longest row in tokens; longer ones are bad rows")
-    format: Literal["auto", "messages", "completion", "preference"] = Field("auto", description="auto: by the columns")
+    format: Literal["auto", "messages", "completion", "preference", "unpaired"] = Field(
+        "auto", description="auto: by the columns"
+    )
     columns: dict[str, str] | None = Field(None, description="our name of a column: the file's")
     on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with a row that cannot be used")
     share_starts: bool = Field(True, description="compute once what rows share at their start")

@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -40,12 +41,21 @@ class Question:
     config: Any
     policy: Answers  # its modules' train and eval modes are as the caller set them
     reference: Answers | None = None
+    shared: tuple[Mapping[str, Tensor], ...] = ()  # what the loss must know of other batches, for some objectives
 
     def weights(self, batch: Batch) -> tuple[float, ...]:
         return self.objective.weights(batch, self.config)
 
     def loss(self, batch: Batch) -> Loss:
-        return self.objective.loss(self.policy, self.reference, batch, self.config)
+        return self.objective.loss(self.policy, self.reference, batch, self.config, *self.shared)
+
+    def about(self, batches: Iterable[Batch], device: torch.device | str) -> Question:
+        """The question put to these batches as a whole: what an example's loss must know of the others is found."""
+        if self.objective.shared is None:
+            return self
+        with _evaluating(self.policy), torch.no_grad():
+            moved = (batch.to(device) for batch in batches)
+            return replace(self, shared=(self.objective.shared(self.policy, self.reference, moved, self.config),))
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,9 @@ def evaluate(
     Dropout is off meanwhile. `tokens` counts the real tokens.
     """
     losses, totals, tokens = [], [], 0
+    if question.objective.shared is not None:
+        batches = list(batches)  # to be asked about twice
+        question = question.about(takewhile(lambda batch: stop() is None, batches), device)
     with _evaluating(question.policy), torch.no_grad():
         for batch in batches:
             if stop() is not None:
@@ -165,6 +178,7 @@ def _backward(
     totals = _sums(weights)
     if not any(totals):
         raise DataError(f"step {step}: none of its examples ({_examples(batches)}) has a label to learn from")
+    question = question.about(batches, device)
     losses = []
     for batch, own in zip(batches, weights, strict=True):
         if not any(own):

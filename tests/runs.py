@@ -18,7 +18,7 @@ from peftctl.plan import Options
 from peftctl.schema import Recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-DATA = {"sft": "messages.jsonl", "dpo": "preference.jsonl"}
+DATA = {"sft": "messages.jsonl", "dpo": "preference.jsonl", "orpo": "preference.jsonl", "kto": "unpaired.jsonl"}
 # what a method needs on a base without biases
 BLOCKS: dict[str, dict[str, Any]] = {"bitfit": {"add_missing": True}, "lora": {"rank": 4, "target_modules": ["q_proj"]}}
 TIMINGS = ("seconds", "tokens_per_s")

@@ -207,6 +207,7 @@ def test_paths_are_meant_from_where_they_are_written(tmp_path: Path) -> None:
         (["method.name=prefix", "train.gradient_checkpointing=true"], "train.gradient_checkpointing would lose "),
         (["train.max_steps=1", "train.epochs=2"], "train.epochs and train.max_steps are both given: keep one"),
         (["data.format=preference"], "data.format preference does not suit objective sft, which learns from "),
+        (["objective.name=kto", "data.format=preference"], "data.format preference does not suit objective kto"),
         (["objective.name=dpo", "data.format=messages"], "data.format messages does not suit objective dpo"),
         (["train.eval_every=2"], "train.eval_every has nothing to evaluate: set data.validation"),
         (["train.max_steps=3", "train.warmup=4"], "train.warmup is 4 of 3 steps: lower it"),

@@ -74,7 +74,7 @@ def test_what_else_a_run_may_draw_on_is_kept(blocks: dict[str, Any], tmp_path: P
         assert runs.bits(tmp_path / "whole")[name] == runs.bits(tmp_path / "pieces")[name]
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
 @pytest.mark.parametrize("micro_batch", [1, 4, 6])  # in the first step; between two micro-batches
 def test_killed_amid_accumulation_equals_never_killed(objective: str, micro_batch: int, tmp_path: Path) -> None:
     contents = runs.document("lora", objective, method={"dropout": 0.1}, train={"save_every": 1, **KEEP_ALL})

@@ -31,7 +31,7 @@ def test_the_same_recipe_twice_gives_the_same_bits(method: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("layout", ["shared", "joined", "padded"])
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "orpo", "kto"])
 def test_four_micro_batches_of_one_equal_one_of_four(objective: str, layout: str, tmp_path: Path) -> None:
     for name, size, number in (("one", 4, 1), ("four", 1, 4)):
         train = {"batch_size": size, "gradient_accumulation": number, "optimizer": "sgd", "max_grad_norm": None}

@@ -159,6 +159,67 @@ def test_four_micro_batches_of_one_equal_one_of_four(objective: str) -> None:
         )
 
 
+@dataclass
+class Examples(Shuffled):
+    """Examples of two rows each, `size` of them a micro-batch."""
+
+    pairs: tuple[tuple[Row, ...], ...] = ()
+
+    def step(self, position: int) -> tuple[list[Batch], int]:
+        starts = range(position, position + self.size * self.accumulate, self.size)
+        return [self._batch(start) for start in starts], position + self.size * self.accumulate
+
+    def evaluation(self) -> Iterator[Batch]:
+        return (self._batch(start) for start in range(0, len(self.pairs), self.size))
+
+    def _batch(self, start: int) -> Batch:
+        return build([row for place in range(start, start + self.size) for row in self.pairs[place % len(self.pairs)]])
+
+
+def test_what_a_loss_must_know_of_the_whole_step_is_found_first() -> None:
+    """KTO's reference point is the mean over all micro-batches, and over all held-out ones."""
+    kto = objectives.get("kto")
+    rows = [(row._replace(role="undesirable" if row.example % 3 == 0 else "desirable"),) for row in make_rows(12)]
+    pairs = kto.pair(rows, list(range(12))) if kto.pair is not None else ()
+    found = []
+    for size in (4, 1):
+        run = make(Examples([], size, 4 // size, pairs=pairs), "sft", "sgd", steps=3, eval_every=1)
+        other = Toy()
+        with torch.no_grad():
+            other.head.weight.mul_(3)  # surer of what is wrong: the policy is ahead of it, and the point is not 0
+        question = Question(kto, kto.config(name="kto", beta=0.5), run.policy, reference=other)
+        run.job = replace(run.job, question=question)
+        run.train()
+        found.append(run)
+    whole, parts = found
+    assert whole.events[0]["kl"] > 0.1
+    for a, b in zip(whole.untimed(), parts.untimed(), strict=True):
+        assert {k: v for k, v in b.items() if k != "event"} == pytest.approx(
+            {k: v for k, v in a.items() if k != "event"}, abs=1e-5, rel=1e-5
+        )
+    for name, value in values(whole).items():
+        torch.testing.assert_close(values(parts)[name], value, rtol=0, atol=1e-6)
+
+
+def test_what_is_shared_is_found_without_gradients_or_dropout() -> None:
+    seen: list[tuple[bool, bool, int]] = []
+
+    def shared(policy: Any, reference: Any, batches: Any, config: Any) -> dict[str, Tensor]:
+        seen.append((torch.is_grad_enabled(), policy.training, len(list(batches))))
+        return {"x": torch.tensor(float(len(seen)))}
+
+    def loss(policy: Answers, reference: Any, batch: Batch, config: Any, shared: dict[str, Tensor]) -> Loss:
+        return SFT.loss(policy, None, batch, config)._replace(metrics={"x": (shared["x"], torch.tensor(1.0))})
+
+    run = make(Shuffled(make_rows(8), 2, 2, tuple(make_rows(5))), steps=2, eval_every=2, dropout=0.5)
+    question = replace(run.job.question, objective=replace(SFT, shared=shared, loss=loss))
+    run.job = replace(run.job, question=question)
+    run.train()
+    assert seen == [(False, False, 2)] * 3, "once a step, once an evaluation"
+    assert run.policy.training
+    assert [event.get("x", event.get("validation_x")) for event in run.events] == [1, 2, 3]
+
+
 def test_loss_and_gradient_are_each_term_by_its_own_weight() -> None:
     batch = build(make_rows(4))
     run = make(Shuffled(make_rows(4), size=2, accumulate=2), "two", steps=1, max_grad_norm=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from peftctl.data import cache
 from peftctl.data.encoded import Dataset, Report
 from peftctl.data.formats import DESCRIBED, recognise
-from peftctl.data.order import split
+from peftctl.data.order import PAIRED, order, split
 from peftctl.data.sources import Fault, read
 from peftctl.errors import DataError
 from peftctl.objectives.base import Encoder, Objective
@@ -57,15 +58,19 @@ def prepare(recipe: Any, chat: Tokenizer, objective: Objective[Any], vocabulary:
         "vocabulary": vocabulary,
     }
     train, report = load(data.train, chat, objective, recipe.objective, limit=data.limit, **options)
-    if data.validation is None:
-        return Prepared(train, None, report, None)
+    held: Dataset | None = None
+    held_report: Report | None = None
     if isinstance(data.validation, str):
         held, held_report = load(data.validation, chat, objective, recipe.objective, **options)
-        return Prepared(train, held, report, held_report)
-    if len(train) < 2:
-        raise DataError(f"{train.name} has one row, of which none can be held out; set data.validation to null")
-    kept, out = split(len(train), data.validation, recipe.train.seed)
-    return Prepared(train.subset(kept), train.subset(out), report, None)
+    elif data.validation is not None:
+        if len(train) < 2:
+            raise DataError(f"{train.name} has one row, of which none can be held out; set data.validation to null")
+        kept, out = split(len(train), data.validation, recipe.train.seed)
+        train, held = train.subset(kept), train.subset(out)
+    train = _paired(train, objective, recipe.train.seed, "training")
+    if held is not None:
+        held = _paired(held, objective, recipe.train.seed, "held-out")
+    return Prepared(train, held, report, held_report)
 
 
 def load(
@@ -104,7 +109,7 @@ def _encoded(
     vocabulary: int | None,
 ) -> tuple[Dataset, Report]:
     source = read(path, limit)
-    found = recognise(source, format, columns)
+    found = recognise(source, format, columns, objective.kinds)
     if found.examples and found.kind not in objective.kinds:
         wanted = " or ".join(DESCRIBED[kind] for kind in sorted(objective.kinds))
         raise DataError(f"{source.name} has {DESCRIBED[found.kind]}; objective {objective.name} learns from {wanted}")
@@ -137,6 +142,17 @@ def _encoded(
     return dataset, report
 
 
+def _paired(dataset: Dataset, objective: Objective[Any], seed: int, part: str) -> Dataset:
+    """The examples with what they get of each other, where the objective has such rows."""
+    if objective.pair is None:
+        return dataset
+    try:
+        examples = objective.pair(dataset.examples, order(len(dataset), seed, PAIRED))
+    except DataError as error:
+        raise DataError(f"{dataset.name}, its {part} rows: {error}") from None
+    return replace(dataset, examples=examples)
+
+
 def _encode(
     example: Example, chat: Tokenizer, objective: Objective[Any], config: Any, max_length: int, vocabulary: int | None
 ) -> tuple[Row, ...]:
@@ -145,6 +161,11 @@ def _encode(
         which = f"the {row.role} answer's row" if row.role else "the row"
         if not any(row.weights[1:]):  # the first token has nothing before it that could predict it
             raise NoLabel(f"no token of {which} would be learnt")
+        prompt = next(index for index, weight in enumerate(row.weights[1:], 1) if weight)
+        if prompt >= max_length:
+            raise DataError(
+                f"the prompt alone has {prompt} tokens, and data.max_length {max_length} leaves no answer room"
+            )
         if len(row.ids) > max_length:
             raise DataError(f"{which} has {len(row.ids)} tokens, more than data.max_length {max_length}")
         if vocabulary is not None and max(row.ids) >= vocabulary:

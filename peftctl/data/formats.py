@@ -1,12 +1,14 @@
 """Recognising what the rows of a file are, by their columns, and turning each into an `Example`, or saying why not.
 
 messages: `messages`, a list of {role, content}. completion: `prompt` and `completion`, texts. preference: `chosen` and
-`rejected`, texts or messages, after `prompt` (text or messages) or after the messages that both begin with.
+`rejected`, texts or messages, after `prompt` (text or messages) or after what both begin with. unpaired: `label`, true
+or false, of an answer: the `completion` of a `prompt`, or the last of `messages`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from peftctl.data.sources import Fault, Json, Source
@@ -14,13 +16,19 @@ from peftctl.errors import DataError, suggest
 from peftctl.row import Example, Message
 
 ROLES = ("system", "user", "assistant")
-NEEDED = {"messages": ("messages",), "completion": ("prompt", "completion"), "preference": ("chosen", "rejected")}
-USED = {**NEEDED, "preference": ("prompt", "chosen", "rejected")}
-COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
+NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {  # of each kind, one of these sets of columns
+    "messages": (("messages",),),
+    "completion": (("prompt", "completion"),),
+    "preference": (("chosen", "rejected"),),
+    "unpaired": (("prompt", "completion", "label"), ("messages", "label")),
+}
+USED = {**NEEDED, "preference": (("prompt", "chosen", "rejected"),)}
+COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "label")
 DESCRIBED = {
     "messages": "messages",
     "completion": "prompts with completions (prompt, completion)",
     "preference": "preference pairs (prompt, chosen, rejected)",
+    "unpaired": "single judged answers (prompt, completion, label; or messages, label)",
 }
 
 
@@ -31,18 +39,24 @@ class Recognised(NamedTuple):
     unused: tuple[str, ...]  # columns of the file that nothing reads
 
 
-def recognise(source: Source, format: str = "auto", columns: Mapping[str, str] | None = None) -> Recognised:
+def recognise(
+    source: Source,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    wanted: Collection[str] = tuple(NEEDED),
+) -> Recognised:
     """The rows of a source as examples of one kind; rows that are not of it become faults.
 
-    `columns` maps our name of a column to the file's ({"completion": "answer"}). Raises DataError when the columns fit
-    no kind, or several and `format` is auto, and for a column map that does not fit the file.
+    `columns` maps our name of a column to the file's ({"completion": "answer"}). `wanted`: the kinds that decide where
+    the columns fit several. Raises DataError when they fit none, or several all the same and `format` is auto, and for
+    a column map that does not fit the file.
     """
     names = dict(columns or {})
     found = list(dict.fromkeys(key for _, row in source.rows for key in row))
     _check_names(source, names, found)
     ours = [*names, *(name for name in found if name not in names and name not in names.values())]
-    kind = _kind(source.name, ours, found) if format == "auto" else _named(source, format, ours, found)
-    read = {names.get(name, name) for name in USED[kind]}
+    kind = _kind(source.name, ours, found, wanted) if format == "auto" else _named(source, format, ours, found)
+    read = {names.get(name, name) for name in chain.from_iterable(USED[kind])}
     examples: list[Example] = []
     faults: list[Fault] = []
     for place, row in source.rows:
@@ -56,10 +70,15 @@ def recognise(source: Source, format: str = "auto", columns: Mapping[str, str] |
 def example(row: Json, kind: str, place: str = "") -> Example:
     """One row, under our column names, as an example of that kind. Raises DataError with the reason alone."""
     row = {name: value for name, value in row.items() if value is not None}  # tables pad missing values with null
-    for name in NEEDED[kind]:
-        if name not in row:
-            raise DataError(f"no {name!r}; a row of {DESCRIBED[kind]} needs it; it has {_listed(row)}")
+    for name in _missing(kind, row):
+        raise DataError(f"no {name!r}; a row of {DESCRIBED[kind]} needs it; it has {_listed(row)}")
     return PARSERS[kind](row)._replace(place=place)
+
+
+def _missing(kind: str, names: Collection[str]) -> list[str]:
+    """The columns of a kind that are not there: of its sets, those of the one that lacks least."""
+    lacking = [[name for name in needed if name not in names] for needed in NEEDED[kind]]
+    return min(lacking, key=len)
 
 
 def _renamed(row: Json, names: Mapping[str, str]) -> Json:
@@ -82,8 +101,9 @@ def _check_names(source: Source, names: Mapping[str, str], found: Sequence[str])
             )
 
 
-def _kind(file: str, ours: Sequence[str], found: Sequence[str]) -> str:
-    kinds = [kind for kind, needed in NEEDED.items() if all(name in ours for name in needed)]
+def _kind(file: str, ours: Sequence[str], found: Sequence[str], wanted: Collection[str]) -> str:
+    fitting = [kind for kind in NEEDED if not _missing(kind, ours)]
+    kinds = [kind for kind in fitting if kind in wanted] or fitting
     if len(kinds) == 1:
         return kinds[0]
     if kinds:
@@ -98,7 +118,7 @@ def _kind(file: str, ours: Sequence[str], found: Sequence[str]) -> str:
 def _named(source: Source, format: str, ours: Sequence[str], found: Sequence[str]) -> str:
     if format not in NEEDED:
         raise DataError(f"data.format: {format!r} is not known{suggest(format, NEEDED)}; auto, {', '.join(NEEDED)} are")
-    missing = [name for name in NEEDED[format] if name not in ours]
+    missing = _missing(format, ours)
     if missing and source.rows:
         raise DataError(
             f"{source.name}: data.format is {format}, but there is no column {' and no column '.join(missing)}; "
@@ -108,7 +128,8 @@ def _named(source: Source, format: str, ours: Sequence[str], found: Sequence[str
 
 
 def _known() -> str:
-    return "known are " + "; ".join(f"{kind}: {' + '.join(columns)}" for kind, columns in USED.items())
+    sets = {kind: ", or ".join(" + ".join(columns) for columns in several) for kind, several in USED.items()}
+    return "known are " + "; ".join(f"{kind}: {columns}" for kind, columns in sets.items())
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -140,12 +161,27 @@ def _texts(row: Json) -> Example:
     """A pair of plain answers: after a plain prompt they stay plain, after messages they are the assistant's turns."""
     chosen, rejected = (text(row[name], name) for name in ("chosen", "rejected"))
     if "prompt" not in row:
-        raise DataError("no 'prompt'; chosen and rejected are texts, so the prompt has a column of its own")
+        return _parted(chosen, rejected)
     if isinstance(row["prompt"], str):
         prompt = text(row["prompt"], "prompt")
         return Example("preference", "", prompt_text=prompt, chosen=chosen, rejected=rejected)
     answers = [(Message("assistant", answer),) for answer in (chosen, rejected)]
     return Example("preference", "", dialogue(row["prompt"], "prompt"), chosen=answers[0], rejected=answers[1])
+
+
+def _parted(chosen: str, rejected: str) -> Example:
+    """Two texts without a prompt of their own: it is what they begin with, up to the last white space of that."""
+    prompt = chosen[: _common(chosen, rejected)]
+    while prompt and not (prompt[-1].isspace() and prompt.strip()):
+        prompt = prompt[:-1]
+    prompt = prompt.rstrip()  # white space belongs to the word after it, as tokenizers have it
+    answers = chosen[len(prompt) :], rejected[len(prompt) :]
+    if not prompt:
+        raise DataError("no 'prompt', and chosen and rejected have no common prompt: they differ from their first word")
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if not answer.strip():
+            raise DataError(f"{name} is empty after what it shares with the other text")
+    return Example("preference", "", prompt_text=prompt, chosen=answers[0], rejected=answers[1])
 
 
 def _dialogues(row: Json) -> Example:
@@ -179,7 +215,36 @@ def _prompt(given: Any, shared: tuple[Message, ...]) -> tuple[Message, ...]:
     return messages
 
 
-def _common(a: Sequence[Message], b: Sequence[Message]) -> int:
+def _unpaired(row: Json) -> Example:
+    label = row["label"]
+    if not isinstance(label, bool):
+        raise DataError(f"label must be true (a desirable answer) or false; found {_found(label)}")
+    if "messages" not in row:
+        return _answered(row)._replace(label=label)
+    if "prompt" in row or "completion" in row:
+        raise DataError("the answer stands in messages and in prompt or completion; one of them is meant")
+    messages = dialogue(row["messages"], "messages")
+    if messages[-1].role != "assistant":
+        raise DataError(f"the label judges the last message, which is the {messages[-1].role}'s, not the assistant's")
+    return Example("unpaired", "", messages, label=label)
+
+
+def _answered(row: Json) -> Example:
+    """A prompt and its answer: plain after a plain prompt, the assistant's turn after messages."""
+    given = row["completion"]
+    if isinstance(row["prompt"], str):
+        prompt, completion = text(row["prompt"], "prompt"), text(given, "completion")
+        return Example("unpaired", "", prompt_text=prompt, completion=completion)
+    prompt_messages = dialogue(row["prompt"], "prompt")
+    if isinstance(given, str):
+        return Example("unpaired", "", (*prompt_messages, Message("assistant", text(given, "completion"))))
+    answer = dialogue(given, "completion")
+    if [message.role for message in answer] != ["assistant"]:
+        raise DataError(f"completion has {_listed(m.role for m in answer)}; exactly one assistant message is judged")
+    return Example("unpaired", "", (*prompt_messages, *answer))
+
+
+def _common(a: Sequence[object], b: Sequence[object]) -> int:
     pairs = zip(a, b, strict=False)
     return next((i for i, (left, right) in enumerate(pairs) if left != right), min(len(a), len(b)))
 
@@ -188,6 +253,7 @@ PARSERS: dict[str, Callable[[Json], Example]] = {
     "messages": _messages,
     "completion": _completion,
     "preference": _preference,
+    "unpaired": _unpaired,
 }
 
 

@@ -13,6 +13,7 @@ from random import Random
 from typing import TypeVar
 
 SPLIT = -1  # the epoch whose order chooses the held-out rows
+PAIRED = -2  # the epoch whose order chooses whose answer an example gets besides its own
 
 T = TypeVar("T")
 

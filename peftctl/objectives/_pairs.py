@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 Metrics = dict[str, tuple["Tensor", "Tensor"]]
 
 
-class PairConfig(ObjectiveConfig):
+class PreferenceConfig(ObjectiveConfig):
     sft_weight: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="of the chosen answers' mean loss by token, which is added"
+        0.0, ge=0, allow_inf_nan=False, description="of the preferred answers' mean loss by token, which is added"
     )
 
 
-def encode(example: Example, encoder: Encoder, config: PairConfig) -> tuple[Row, ...]:
+def encode(example: Example, encoder: Encoder, config: PreferenceConfig) -> tuple[Row, ...]:
     """Two rows, chosen and rejected, that begin with the same prompt. Raises DataError with the reason."""
     chosen, rejected = (
         Row(*encoder.completion(example.prompt_text, answer), role=role)
@@ -37,10 +37,10 @@ def encode(example: Example, encoder: Encoder, config: PairConfig) -> tuple[Row,
     return chosen, rejected
 
 
-def weights(batch: Batch, config: PairConfig) -> tuple[float, ...]:
+def weights(batch: Batch, config: PreferenceConfig) -> tuple[float, ...]:
     """The number of pairs; with `sft_weight`, then the weight of the chosen answers' labels."""
     pairs = float(batch.roles.count("chosen"))
-    return (pairs, float(_labels_of(batch, "chosen").sum())) if config.sft_weight else (pairs,)
+    return (pairs, float(labels_of(batch, "chosen").sum())) if config.sft_weight else (pairs,)
 
 
 def per_row(values: Tensor, batch: Batch, mean: bool = False) -> Tensor:
@@ -82,7 +82,7 @@ def total(values: Tensor) -> Tensor:
     return values.sum(dtype=_exact(values))
 
 
-def answer(batch: Batch, config: PairConfig, losses: Tensor, logprob: Tensor, rewards: Tensor) -> Loss:
+def answer(batch: Batch, config: PreferenceConfig, losses: Tensor, logprob: Tensor, rewards: Tensor) -> Loss:
     """The loss of some pairs: `losses` (pairs,), `logprob` (labels,), `rewards` (rows,), with the usual metrics."""
     chosen, rejected = batch.role("chosen"), batch.role("rejected")
     won = rewards[chosen] - rewards[rejected]
@@ -105,7 +105,7 @@ def imitating(loss: Loss, batch: Batch, coefficient: float, logprob: Tensor, rol
     """The loss and, as a term of its own, the mean loss by token of the answers of that role."""
     if not coefficient:
         return loss
-    weight = _labels_of(batch, role)
+    weight = labels_of(batch, role)
     nll = -(logprob * weight).sum()
     return Loss((*loss.terms, Term(nll, coefficient)), loss.metrics | {"nll_loss": (nll.detach(), weight.sum())})
 
@@ -123,7 +123,7 @@ def with_metrics(loss: Loss, more: Metrics) -> Loss:
     return loss._replace(metrics=loss.metrics | more)
 
 
-def _labels_of(batch: Batch, role: str) -> Tensor:
+def labels_of(batch: Batch, role: str) -> Tensor:
     """The labels' weights, (labels,), 0 in the rows of other roles."""
     import torch
 

@@ -6,7 +6,7 @@ The module is torch-free: objectives import torch inside their functions. An obj
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
@@ -73,7 +73,9 @@ class Objective(Generic[C]):
     """The one name that an objective's file exports.
 
     `weights` gives the weight of each term of `loss` for one batch, known before any forward pass: the trainer adds
-    them up over the step, so that 4 micro-batches of 1 equal 1 of 4.
+    them up over the step, so that 4 micro-batches of 1 equal 1 of 4. Where the loss of an example depends on the others
+    of its step, `shared` answers what it must know of them: it is asked once, about all of the step's batches (or all
+    held-out ones), without gradients or dropout, and `loss` gets the answer as a fifth argument.
     """
 
     name: str
@@ -83,7 +85,10 @@ class Objective(Generic[C]):
     kinds: frozenset[str]  # the kinds of `Example` it can learn from
     encode: Callable[[Example, Encoder, C], tuple[Row, ...]]
     weights: Callable[[Batch, C], tuple[float, ...]]
-    loss: Callable[[Answers, Answers | None, Batch, C], Loss]
+    loss: Callable[..., Loss]  # of policy, reference, batch and config; with `shared`, of its answer too
     reference: Callable[[C], str | None] = lambda config: None  # "initial", "base" or None
     base_dropout: bool = True  # whether dropout inside the base is left on, as its config says
+    # all examples' rows and a permutation that the seed draws -> the examples, whose rows may now be others' in part
+    pair: Callable[[Sequence[tuple[Row, ...]], Sequence[int]], tuple[tuple[Row, ...], ...]] | None = None
+    shared: Callable[[Answers, Answers | None, Iterable[Batch], C], Mapping[str, Tensor]] | None = None
     likelihood: bool = False  # whether the loss is a mean negative log-likelihood, so that exp(loss) is a perplexity

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from peftctl.batch import Batch
 
 
-class CpoConfig(pairs.PairConfig):
+class CpoConfig(pairs.PreferenceConfig):
     beta: float = Field(0.1, gt=0, allow_inf_nan=False, description="what a log-probability counts in the margin")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs taken to be labelled the wrong way")
     sft_weight: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="of the chosen answers' mean loss by token, which is added"
+        1.0, ge=0, allow_inf_nan=False, description="of the preferred answers' mean loss by token, which is added"
     )
 
 

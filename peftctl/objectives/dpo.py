@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peftctl.batch import Batch
 
 
-class DpoConfig(pairs.PairConfig):
+class DpoConfig(pairs.PreferenceConfig):
     beta: float = Field(0.1, gt=0, allow_inf_nan=False, description="how strongly the policy is held to the reference")
     loss: Literal["sigmoid", "hinge", "robust"] = Field(
         "sigmoid", description="of a margin; robust: unbiased where the share label_smoothing of the labels is wrong"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peftctl.batch import Batch
 
 
-class IpoConfig(pairs.PairConfig):
+class IpoConfig(pairs.PreferenceConfig):
     beta: float = Field(0.1, gt=0, allow_inf_nan=False, description="tau: the lead is drawn to 1 / (2 * beta)")
     reference: Literal["initial", "base"] = Field("initial", description="the policy as it was at step 0, or the base")
     length_normalised: bool = Field(

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from peftctl.batch import Batch
 
 
-class OrpoConfig(pairs.PairConfig):
+class OrpoConfig(pairs.PreferenceConfig):
     beta: float = Field(0.1, gt=0, allow_inf_nan=False, description="lambda: the weight of the odds ratio's loss")
     sft_weight: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="of the chosen answers' mean loss by token, which is added"
+        1.0, ge=0, allow_inf_nan=False, description="of the preferred answers' mean loss by token, which is added"
     )
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peftctl.batch import Batch
 
 
-class SimpoConfig(pairs.PairConfig):
+class SimpoConfig(pairs.PreferenceConfig):
     beta: float = Field(2.0, gt=0, allow_inf_nan=False, description="what a mean log-probability counts as a reward")
     gamma: float = Field(1.0, ge=0, allow_inf_nan=False, description="by how much the chosen answer's reward must lead")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,8 @@ from peftctl.data.dataset import load, prepare
 from peftctl.errors import DataError
 from peftctl.objectives import get
 
-SFT, DPO = get("sft"), get("dpo")
-PLAIN, PAIRS = SFT.config(name="sft"), DPO.config(name="dpo")
+SFT, DPO, KTO = get("sft"), get("dpo"), get("kto")
+PLAIN, PAIRS, JUDGED = SFT.config(name="sft"), DPO.config(name="dpo"), KTO.config(name="kto")
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +189,48 @@ def test_sizes_count_a_pairs_rows_together(here, chat):
     write(here, pair("q", "a", "a longer answer"))
     data, report = load("train.jsonl", chat, DPO, PAIRS)
     assert data.sizes() == [report.tokens] and data.sizes(padded=True) == [2 * report.longest]
+
+
+def test_pairs_of_the_same_tokens_and_prompts_without_room_are_refused(here, chat):
+    rows = [pair("q", "a", "a "), pair("long " * 80, "a", "b"), pair("q", "a", "b")]
+    write(here, rows[0], rows[1], rows[2])
+    stripping = Chat(
+        chat.folder, template=chat.template.source.replace("message['content']", "message['content'] | trim")
+    )
+    with pytest.raises(DataError) as caught:
+        load("train.jsonl", stripping, DPO, PAIRS, max_length=60)
+    same, room, total = str(caught.value).split("\n")
+    assert same == "train.jsonl:1: chosen and rejected are the same tokens; a pair must differ"
+    assert re.fullmatch(r"train.jsonl:2: the prompt alone has \d+ tokens, and data.max_length 60 leaves .*", room)
+    assert total.startswith("train.jsonl: 2 of 3 rows cannot be used")
+
+
+def judged(prompt: str, answer: str, label: bool) -> dict:
+    return {"prompt": [{"role": "user", "content": prompt}], "completion": answer, "label": label}
+
+
+def test_judged_answers_get_anothers_within_their_own_side_of_the_split(here, chat):
+    write(here, *[judged(f"question {i}", f"answer {i} " * (1 + i % 3), i % 2 == 0) for i in range(12)])
+    first, again, other = (prepare(recipe(JUDGED, seed=seed, validation=0.25), chat, KTO) for seed in (0, 0, 1))
+    assert first == again and first.train != other.train
+    assert (len(first.train), len(first.validation)) == (9, 3)
+    for data in (first.train, first.validation):
+        answers = {learnt(chat, own) for own, _ in data.examples}
+        for index, (own, mismatched) in enumerate(data.examples):
+            assert own.role in ("desirable", "undesirable") and mismatched.role == "mismatched"
+            assert own.example == mismatched.example == index
+            assert any(answer.startswith(learnt(chat, mismatched)) for answer in answers)
+            assert learnt(chat, mismatched) != learnt(chat, own)
+            assert len(mismatched.ids) <= max(
+                len(rows[0].ids) for rows in first.train.examples + first.validation.examples
+            )
+
+
+def learnt(chat, row) -> str:
+    return chat.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w], special=True)
+
+
+def test_one_judged_answer_alone_is_refused(here, chat):
+    write(here, *[judged("q", f"answer {i}", True) for i in range(3)])
+    with pytest.raises(DataError, match=r"^train\.jsonl, its held-out rows: one row alone is not enough"):
+        prepare(recipe(JUDGED, validation=0.1), chat, KTO)

