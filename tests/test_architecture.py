@@ -13,7 +13,7 @@ from peftctl import methods
 PACKAGE = Path(methods.__file__).parent.parent
 # lower layers first; a module may import from its own layer and from those below it
 LAYERS = [
-    ["errors", "row", "skeleton"],
+    ["errors", "row", "skeleton", "qkv"],
     ["batch", "surgery"],
     ["kernels"],
     ["methods", "objectives"],
@@ -24,7 +24,7 @@ LAYERS = [
     ["plan", "run_folder", "evaluation", "proof", "merging", "profile", "run"],
     ["commands", "cli"],
 ]
-TORCH_FREE = ["errors", "row", "skeleton", "recipe", "base", "model", "cli", "methods", "objectives", "data"]
+TORCH_FREE = ["errors", "row", "skeleton", "qkv", "recipe", "base", "model", "cli", "methods", "objectives", "data"]
 
 
 def modules() -> dict[str, ast.Module]:

@@ -85,6 +85,25 @@ def test_modules_with_other_parameters_keep_their_own_forward(method: str) -> No
     assert places and not [m for m in places if "forward" in vars(m)]
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("llama", {"init": "pissa"}),
+        ("llama", {"init": "orthogonal", "train_a": False, "rank_pattern": {"q_proj": 3}}),
+        ("gpt2", {"target_modules": ["c_attn.q", "c_attn.v"], "init": "pissa"}),
+        ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
+        ("gpt_neox", {"target_modules": ["query_key_value.v"]}),
+        ("phi3", {"target_modules": ["qkv_proj.q", "qkv_proj.v", "o_proj"]}),
+    ],
+)
+def test_what_is_not_one_product_of_two_parameters_goes_on(name: str, keys: dict[str, Any]) -> None:
+    found = policy(name, **keys)
+    logprob, gradients = answers(found)
+    found.fuse(pack=True)
+    fused = answers(found)
+    assert near(fused[0], logprob) and all(near(a, b) for a, b in zip(fused[1], gradients, strict=True))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_off_is_the_base_under_the_same_kernels_and_removal_leaves_nothing(name: str) -> None:
     bare = policy_of(frozen(tiny(name)), None, skeleton(tiny(name)).dimensions.layers)

@@ -10,15 +10,15 @@ import peft
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from peftctl.errors import FormatError, TargetError
 from peftctl.methods.lora import METHOD, LoraConfig
 from peftctl.methods.lora.peft import EXCHANGE
-from peftctl.skeleton import Skeleton
 from peftctl.surgery import skeleton
 from tests.methods import contract
-from tests.models import logits, tiny
+from tests.methods.exchange import ours, read, saved_by_peft, theirs, written
+from tests.models import tiny
 
 
 def lora(**keys: Any) -> LoraConfig:
@@ -34,12 +34,35 @@ VARIANTS = {
     "embedding": lora(target_modules=["embed_tokens", "q_proj"]),
     "dropout": lora(dropout=0.3),
     "head": lora(target_modules=["lm_head"]),
+    "patterns": lora(rank_pattern={"k_proj": 2, r"layers\.1\.mlp\..*": 6}, alpha_pattern={"self_attn.q_proj": 3.0}),
+    "patterns, stabilised": lora(rank_pattern={"k_proj": 2, "model.layers.0.mlp.up_proj": 9}, rank_stabilized=True),
+    "frozen a": lora(train_a=False),
+    "ratio": lora(lr_ratio=16.0),
 }
 CONV1D = {
     "qkv": lora(target_modules=["c_attn"]),
     "everything": lora(),
     "embedding": lora(target_modules=["wte", "wpe"]),
+    "biases of the chosen": lora(target_modules=["c_attn", "c_proj"], bias="lora_only"),
+    "all biases": lora(target_modules=["c_attn"], bias="all"),
 }
+# what peft has no form for: written as plain products of a larger rank
+RESTATED = [
+    ("llama", lora(init="pissa")),
+    ("llama", lora(init="pissa", rank_stabilized=True, dropout=0.3, rank_pattern={"q_proj": 7})),
+    ("llama", lora(init="orthogonal", train_a=False)),
+    ("gpt2", lora(init="pissa", rank=3)),
+    ("gpt2", lora(target_modules=["c_attn.q"])),
+    ("gpt2", lora(target_modules=["c_attn.q", "c_attn.v"])),
+    ("gpt2", lora(target_modules=["c_attn.v", "c_fc"], rank_stabilized=True, bias="all")),
+    ("gpt2", lora(target_modules=["attn.c_attn.q", "attn.c_attn.v", "mlp.c_proj"], init="pissa", alpha=3.0)),
+    ("gpt2", lora(target_modules=["c_attn.k"], train_a=False, layers=[1])),
+    ("gpt_neox", lora(target_modules=["query_key_value.q", "query_key_value.v"], init="orthogonal")),
+    ("falcon", lora(target_modules=["query_key_value.q", "query_key_value.v"])),
+    ("phi3", lora(target_modules=["qkv_proj.q", "qkv_proj.k", "qkv_proj.v"])),
+    ("bloom", lora(target_modules=["query_key_value.k"], dropout=0.3)),
+    ("mpt", lora(target_modules=["Wqkv.v", "out_proj"])),
+]
 
 
 @pytest.mark.parametrize("check", contract.FULL, ids=lambda check: check.__name__)
@@ -52,6 +75,12 @@ def test_variants_keep_the_contract(variant: str, check: Any) -> None:
 @pytest.mark.parametrize("variant", CONV1D)
 def test_variants_keep_the_contract_on_conv1d(variant: str, check: Any) -> None:
     check(CONV1D[variant], "gpt2")
+
+
+@pytest.mark.parametrize("check", contract.FULL, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(("name", "config"), RESTATED, ids=str)
+def test_what_peft_lacks_keeps_the_contract(name: str, config: LoraConfig, check: Any) -> None:
+    check(config, name)
 
 
 @pytest.mark.parametrize("name", ["gemma", "gemma3"])
@@ -125,17 +154,6 @@ def test_refuses_impossible_numbers(keys: dict[str, Any]) -> None:
         lora(**keys)
 
 
-def written(folder: Path, config: LoraConfig, name: str) -> tuple[Skeleton, torch.Tensor]:
-    """Write a disturbed adapter as peft has it; the skeleton and our logits."""
-    model, attachment = contract.attached(config, name)
-    contract.disturb(attachment)
-    table = skeleton(model)
-    keys, tensors = EXCHANGE.write(config, table, attachment.tensors())
-    (folder / "adapter_config.json").write_text(json.dumps(keys | {"base_model_name_or_path": "tiny"}))
-    save_file({k: t.detach().contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors")
-    return table, contract.answer(model, attachment)
-
-
 EXCHANGED = [
     *[("llama", lora(**c.model_dump(exclude={"name", "init_from"}))) for c in VARIANTS.values()],
     *[("gpt2", c) for c in CONV1D.values()],
@@ -146,21 +164,24 @@ EXCHANGED = [
 
 
 @pytest.mark.filterwarnings("ignore")  # peft's own remarks on tied weights
-@pytest.mark.parametrize(("name", "config"), EXCHANGED, ids=str)
+@pytest.mark.parametrize(("name", "config"), [*EXCHANGED, *RESTATED], ids=str)
 def test_peft_computes_the_same_from_our_files(name: str, config: LoraConfig, tmp_path: Path) -> None:
     _, ours = written(tmp_path, config, name)
-    model = peft.PeftModel.from_pretrained(tiny(name), tmp_path)
-    torch.testing.assert_close(logits(model), ours, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs(tmp_path, name), ours, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(("name", "config"), EXCHANGED, ids=str)
 def test_our_files_come_back_bit_for_bit(name: str, config: LoraConfig, tmp_path: Path) -> None:
-    table, ours = written(tmp_path, config, name)
-    keys = json.loads((tmp_path / "adapter_config.json").read_text())
-    block, tensors = EXCHANGE.read(keys, table, load_file(tmp_path / "adapter_model.safetensors"))
-    model, attachment = contract.attached(LoraConfig(**block), name)
-    attachment.load(tensors)
-    assert torch.equal(contract.answer(model, attachment), ours)
+    _, expected = written(tmp_path, config, name)
+    assert torch.equal(ours(tmp_path, "lora", name), expected)
+
+
+@pytest.mark.parametrize(("name", "config"), RESTATED, ids=str)
+def test_what_was_restated_comes_back_as_a_plain_product(name: str, config: LoraConfig, tmp_path: Path) -> None:
+    _, expected = written(tmp_path, config, name)
+    found, _ = read(tmp_path, "lora", name)
+    assert isinstance(found, LoraConfig) and found.init == "default"
+    torch.testing.assert_close(ours(tmp_path, "lora", name), expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -173,24 +194,14 @@ def test_our_files_come_back_bit_for_bit(name: str, config: LoraConfig, tmp_path
         ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
         ("llama", {"target_modules": ["embed_tokens"]}),
         ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+        ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
+        ("llama", {"target_modules": "all-linear", "rank_pattern": {"k_proj": 2, ".*mlp.*": 7, "gone": 3}}),
+        ("llama", {"target_modules": ["q_proj", "k_proj"], "alpha_pattern": {"layers.1.self_attn.q_proj": 5}}),
     ],
 )
 def test_pefts_files_compute_the_same_here(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    wrapped = peft.get_peft_model(tiny(name), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **keys)).eval()
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    wrapped.save_pretrained(tmp_path)
-    block, tensors = EXCHANGE.read(
-        json.loads((tmp_path / "adapter_config.json").read_text()),
-        skeleton(tiny(name)),
-        load_file(tmp_path / "adapter_model.safetensors"),
-    )
-    model, attachment = contract.attached(LoraConfig(**block), name)
-    attachment.load(tensors)
-    torch.testing.assert_close(contract.answer(model, attachment), logits(wrapped), rtol=1e-5, atol=1e-5)
+    expected = saved_by_peft(tmp_path, peft.LoraConfig(task_type="CAUSAL_LM", r=4, **keys), name)
+    torch.testing.assert_close(ours(tmp_path, "lora", name), expected, rtol=1e-5, atol=2e-5)
 
 
 def test_writes_only_long_standing_keys(tmp_path: Path) -> None:
@@ -207,7 +218,7 @@ def test_writes_only_long_standing_keys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "keys",
-    [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q": 8}}],
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True}],
 )
 def test_refuses_what_it_cannot_read(keys: dict[str, Any]) -> None:
     with pytest.raises(FormatError, match=next(iter(keys))):

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from peftctl.errors import TargetError
+from peftctl.methods._biases import biased
 from peftctl.methods._blocks import QUERY, blocks, last
-from peftctl.skeleton import LINEAR, Module, Skeleton, dotted
-
-SERVED = LINEAR | {"Norm"}  # where adding to the output is adding to the bias
+from peftctl.skeleton import LINEAR, Module, Skeleton
 
 
 def width(module: Module) -> int:
@@ -32,22 +31,8 @@ def places(skeleton: Skeleton, biases: str, add_missing: bool) -> list[Module]:
 
 def _all(skeleton: Skeleton) -> list[Module]:
     """Every module with a bias, and every linear without one but the output head."""
-    strange = [m for m in skeleton.modules if "bias" in m.shapes and m.kind not in SERVED and not _alias(skeleton, m)]
-    if strange:
-        raise TargetError(
-            f"method.biases: {strange[0].path} of {skeleton.architecture} is a {strange[0].type}, whose bias cannot "
-            "be served"
-        )
-    return [
-        m
-        for m in skeleton.modules
-        if m.kind in SERVED and ("bias" in m.shapes or (m.kind in LINEAR and m.path != skeleton.head))
-    ]
-
-
-def _alias(skeleton: Skeleton, module: Module) -> bool:
-    """Whether a module's bias is applied by a linear elsewhere (BERT's `cls.predictions` holds its decoder's)."""
-    return dotted(module.path, "bias") in skeleton.tied.values()
+    present = {m.path for m in biased(skeleton, "method.biases")}
+    return [m for m in skeleton.modules if m.path in present or (m.kind in LINEAR and m.path != skeleton.head)]
 
 
 def _paper_half(skeleton: Skeleton) -> list[Module]:

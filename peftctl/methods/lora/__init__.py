@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from peftctl.errors import TargetError
-from peftctl.methods.base import Counted, Exchange, Method, MethodConfig, Traits
-from peftctl.skeleton import LINEAR_OR_EMBEDDING, Selection, Skeleton, select
+from peftctl.methods._lowrank import LowRankConfig
+from peftctl.methods.base import Counted, Exchange, Method, Traits
+from peftctl.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,45 +16,49 @@ if TYPE_CHECKING:
     from peftctl.methods.attachment import Attachment
 
 
-class LoraConfig(MethodConfig):
-    rank: int = Field(16, ge=1, description="rank of the product; at most the module's smaller side")
-    alpha: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="the product is scaled by alpha / rank; null: 2 * rank"
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the input of A, in training")
+class LoraConfig(LowRankConfig):
     target_modules: str | Annotated[list[str], Field(min_length=1)] = Field(
-        "all-linear", description="all-linear (every linear but the output head), a list of names, or a regex"
+        "all-linear",
+        description="all-linear (every linear but the output head), a list of names, or a regex; "
+        "a name may be a part of a fused linear (c_attn.q, query_key_value.v)",
     )
-    layers: Annotated[list[int], Field(min_length=1)] | None = Field(None, description="these layers only, from 0 on")
-    rank_stabilized: bool = Field(False, description="scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="ranks of single modules, by the end of their path or a regex for it"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        {}, description="alphas of single modules, in the same way"
+    )
+    init: Literal["default", "pissa", "orthogonal"] = Field(
+        "default",
+        description="what A and B start from: default: noise and zero; pissa: the weight's largest singular values "
+        "(https://arxiv.org/abs/2404.02948); orthogonal: its QR decomposition (https://arxiv.org/abs/2406.01775)",
+    )
+    train_a: bool = Field(True, description="false: A stays as drawn (LoRA-FA, https://arxiv.org/abs/2308.03303)")
+    lr_ratio: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="B's learning rate, relative to A's (LoRA+, https://arxiv.org/abs/2402.12354)",
+    )
+    bias: Literal["none", "lora_only", "all"] = Field(
+        "none", description="biases trained as well: none, those of the chosen modules, or all"
+    )
 
-    @property
-    def scale(self) -> float:
-        alpha = 2 * self.rank if self.alpha is None else self.alpha
-        return float(alpha / self.rank**0.5 if self.rank_stabilized else alpha / self.rank)
-
-
-def targets(skeleton: Skeleton, config: LoraConfig) -> Selection:
-    """The modules that get a product. Raises TargetError."""
-    selection = select(skeleton, config.target_modules, kinds=LINEAR_OR_EMBEDDING, layers=config.layers)
-    for module in selection.modules:
-        least = min(module.in_features, module.out_features)
-        if config.rank > least:
-            raise TargetError(
-                f"method.rank: {config.rank} is above {least}, the smaller side of {module.path}; use at most {least}"
-            )
-        # a subclass may look rows up by something other than its input (OPT's positions)
-        if module.kind == "Embedding" and not (module.type == "Embedding" or module.type.endswith("WordEmbedding")):
-            raise TargetError(
-                f"method.target_modules: {module.path} is a {module.type}, which lora cannot adapt; leave it out"
-            )
-    return selection
+    @model_validator(mode="after")
+    def _one_start(self) -> LoraConfig:
+        if self.init != "default" and self.init_from is not None:
+            raise ValueError(f"init_from brings its own start, so init: {self.init} has no place; leave it out")
+        return self
 
 
 def _count(skeleton: Skeleton, config: LoraConfig) -> Counted:
-    selection = targets(skeleton, config)
-    places = {m.path: config.rank * (m.in_features + m.out_features) for m in selection.modules}
-    return Counted(places, selection.summary)
+    from peftctl.methods.lora.places import biases, places
+
+    found = places(skeleton, config)
+    sizes = {name: size for place in found.places for name, size in place.sizes(config.train_a).items()}
+    for module in biases(skeleton, config.bias, found.places):
+        sizes[module.path] = sizes.get(module.path, 0) + module.shapes["bias"][0]
+    return Counted(sizes, found.summary)
 
 
 def _attach(model: nn.Module, config: LoraConfig) -> Attachment:

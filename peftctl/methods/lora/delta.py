@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,29 +10,58 @@ from torch.nn import functional
 
 from peftctl import surgery
 from peftctl.kernels.linear import Product
+from peftctl.methods._products import applied, factors, stored
 from peftctl.methods.attachment import Attachment, Delta, Injected
-from peftctl.methods.lora import LoraConfig, targets
+from peftctl.methods.lora import LoraConfig
+from peftctl.methods.lora.places import Place, biases, places
+from peftctl.methods.lora.starts import STARTS
 from peftctl.skeleton import Module
 
 
 class LowRank(Delta):
-    """A product beside a weight that is stored as (out, in), or (in, out) when `transposed`."""
+    """A product beside a weight, or beside some rows of one; less the product that it started from, if it was not 0."""
+
+    a0: Tensor | None
+    b0: Tensor | None
 
     def __init__(self, module: Module, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, module.in_features))
-        self.b = nn.Parameter(torch.zeros(module.out_features, rank))  # zero: step 0 is the base model
-        self.scale, self.dropout = scale, dropout
-        self.transposed = module.kind != "Linear"
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # as in the authors' loralib
+        self.module, self.scale, self.dropout = module, scale, dropout
+        self.a, self.b = factors(module, rank)
+        self.register_buffer("a0", None)
+        self.register_buffer("b0", None)
+
+    @torch.no_grad()
+    def start(self, kind: str, weight: Tensor) -> None:
+        """Begin at a part of the weight (out, in), and take the same away for good: step 0 is the base model."""
+        self.a0, self.b0 = torch.empty_like(self.a), torch.empty_like(self.b)
+        if weight.is_meta:
+            return  # the values are yet to be loaded
+        a, b = STARTS[kind](weight, len(self.a), self.scale)
+        for own, first, value in ((self.a, self.a0, a), (self.b, self.b0, b)):
+            own.copy_(value)
+            first.copy_(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.state_dict(keep_vars=True)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.change(x)
+
+    def change(self, x: Tensor) -> Tensor:
         x = functional.dropout(x, self.dropout, self.training)
-        inner = functional.linear(x, self.a.to(x.dtype))
-        return y + functional.linear(inner, self.b.to(x.dtype)) * self.scale
+        out = applied(x, self.a, self.b)
+        # one after the other, not as one product of twice the rank: so they cancel to the last bit at the start
+        return (out if self.a0 is None or self.b0 is None else out - applied(x, self.a0, self.b0)) * self.scale
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The change over the scale as one product."""
+        if self.a0 is None or self.b0 is None:
+            return self.a, self.b
+        return torch.cat([self.a, self.a0]), torch.cat([self.b, -self.b0], dim=1)
 
     def product(self) -> Product | None:
-        return Product(self.a, self.b, self.scale, self.dropout)
+        return Product(*self.factors(), self.scale, self.dropout)
 
     def folds(self) -> tuple[str, ...]:
         return ("weight",)
@@ -40,8 +69,8 @@ class LowRank(Delta):
     def fold(self, name: str, weight: Tensor) -> Tensor:
         if name != "weight":
             return weight
-        product = (self.b.float() @ self.a.float()) * self.scale
-        return weight.float() + (product.T if self.transposed else product).to(weight.device)
+        a, b = self.factors()
+        return weight.float() + stored((b.float() @ a.float()) * self.scale, self.module, weight)
 
 
 class LowRankRows(LowRank):
@@ -61,14 +90,109 @@ class LowRankRows(LowRank):
         return y + functional.linear(rows, self.b.to(y.dtype)) * (self.scale * self.gain)
 
 
+class LowRankParts(Delta):
+    """Products beside parts of a fused weight, each a child named after its part; the other outputs stay the base's."""
+
+    def __init__(self, module: Module, parts: Mapping[str, tuple[LowRank, Sequence[int]]]) -> None:
+        super().__init__()
+        self.module = module
+        for name, (part, rows) in parts.items():
+            self.add_module(name, part)
+            self.register_buffer(f"rows_{name}", torch.tensor(rows), persistent=False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.state_dict(keep_vars=True)
+
+    def _parts(self) -> list[tuple[LowRank, Tensor]]:
+        return [(part, self.get_buffer(f"rows_{name}")) for name, part in self.named_children()]  # type: ignore[misc]
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for part, rows in self._parts():
+            y = y.index_add(-1, rows, part.change(x))
+        return y
+
+    def product(self) -> Product | None:
+        """The parts' products, stacked: A below A, each B in its own rows of columns that are 0 elsewhere."""
+        (first, _), *_ = parts = self._parts()
+        pairs = [(*part.factors(), rows) for part, rows in parts]
+        wide = [b.new_zeros(self.module.out_features, b.shape[1]).index_copy(0, rows, b) for _, b, rows in pairs]
+        return Product(torch.cat([a for a, _, _ in pairs]), torch.cat(wide, dim=1), first.scale, first.dropout)
+
+    def folds(self) -> tuple[str, ...]:
+        return ("weight",)
+
+    def fold(self, name: str, weight: Tensor) -> Tensor:
+        if name != "weight":
+            return weight
+        folded = weight.float().clone()
+        outs = folded if self.module.kind == "Linear" else folded.T
+        for part, rows in self._parts():
+            a, b = part.factors()
+            outs.index_add_(0, rows.to(weight.device), ((b.float() @ a.float()) * part.scale).to(weight.device))
+        return folded
+
+
+class Bias(Delta):
+    """A trained copy of a bias, in its place. The copy is what is saved, as in peft's files."""
+
+    def __init__(self, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias.detach().float().clone())
+        self.base = (bias,)  # behind a tuple, so that it is not part of the delta
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + (self.bias - self.base[0]).to(y.dtype)  # 0 exactly at the start
+
+    def folds(self) -> tuple[str, ...]:
+        return ("bias",)
+
+    def fold(self, name: str, weight: Tensor) -> Tensor:
+        return self.bias.detach().float().to(weight.device) if name == "bias" else weight
+
+
+class LoraAttachment(Attachment):
+    """With a learning rate of B's own. https://arxiv.org/abs/2402.12354"""
+
+    def __init__(self, found: Sequence[Injected], lr_ratio: float) -> None:
+        super().__init__(found)
+        self.lr_ratio = lr_ratio
+
+    def groups(self) -> dict[str, float]:
+        if self.lr_ratio == 1:
+            return {}
+        # of an embedding, B is not what starts at 0
+        rows = {path for path, delta, _ in self.places if isinstance(delta, LowRankRows)}
+        names = (name.rpartition(".") for name in self.trainable())
+        return {f"{path}.{last}": self.lr_ratio for path, _, last in names if last == "b" and path not in rows}
+
+
 def attach(model: nn.Module, config: LoraConfig) -> Attachment:
-    selection = targets(surgery.skeleton(model), config)
-    return Attachment([Injected(m.path, _delta(surgery.find(model, m.path), m, config)) for m in selection.modules])
+    table = surgery.skeleton(model)
+    chosen = places(table, config).places
+    found = [Injected(p.module.path, _delta(surgery.find(model, p.module.path), p, config)) for p in chosen]
+    for module in biases(table, config.bias, chosen):
+        found.append(Injected(module.path, Bias(surgery.find(model, module.path).get_parameter("bias"))))
+    return LoraAttachment(found, config.lr_ratio)
 
 
-def _delta(module: nn.Module, description: Module, config: LoraConfig) -> LowRank:
+def _delta(module: nn.Module, place: Place, config: LoraConfig) -> Delta:
+    description = place.module
     if description.kind == "Embedding":
         # Gemma multiplies its rows after the lookup
-        gain = float(getattr(module, "embed_scale", 1.0))
-        return LowRankRows(description, config.rank, config.scale, gain)
-    return LowRank(description, config.rank, config.scale, config.dropout)
+        return LowRankRows(description, place.rank, place.scale, float(getattr(module, "embed_scale", 1.0)))
+    weight = surgery.out_in(module, module.get_parameter("weight").detach())
+    if not place.parts:
+        return _low_rank(description, weight, place, config)
+    parts = {}
+    for name, rows in place.parts.items():
+        own = Module(f"{description.path}.{name}", "Linear", "", {"weight": (len(rows), description.in_features)})
+        parts[name] = (_low_rank(own, weight[list(rows)], place, config), rows)
+    return LowRankParts(description, parts)
+
+
+def _low_rank(description: Module, weight: Tensor, place: Place, config: LoraConfig) -> LowRank:
+    delta = LowRank(description, place.rank, place.scale, config.dropout)
+    if config.init != "default":
+        delta.start(config.init, weight)
+    delta.a.requires_grad_(config.train_a)
+    return delta

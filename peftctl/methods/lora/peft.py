@@ -1,24 +1,26 @@
-"""LoRA adapters of the `peft` package, written with its long-standing keys alone so that old versions load them."""
+"""LoRA adapters of the `peft` package, written with its long-standing keys alone so that old versions load them.
+
+What peft lacks is written as a plain product of a larger rank: a start that is taken away, parts of a fused weight.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftctl.errors import FormatError
-from peftctl.methods._peft import number, place, task_type
+from peftctl.methods._biases import biased
+from peftctl.methods._peft import PREFIX, number, place, refuse, shortest, targeting
 from peftctl.methods.base import Exchange
 from peftctl.methods.lora import LoraConfig
+from peftctl.methods.lora.places import Place, copies, pattern, places
 from peftctl.skeleton import Skeleton
 
-# what a reader of peft's config must not overlook, with the values that change nothing
-REFUSED: dict[str, tuple[Any, ...]] = {
+HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_dora": (None, False),
     "lora_bias": (None, False),
-    "bias": (None, "none"),
     "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
@@ -32,48 +34,81 @@ _NAMES = {
 
 
 def write(config: LoraConfig, skeleton: Skeleton, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    paths = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
-    kinds = {module.path: module.kind for module in skeleton.modules}
-    keys = {
-        "peft_type": "LORA",
-        "task_type": task_type(skeleton),
-        "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": number(2 * config.rank if config.alpha is None else config.alpha),
+    found = places(skeleton, config).places
+    stored: dict[str, Any] = {}
+    for one in found:
+        a, b = _plain(one, tensors)
+        embedding = one.module.kind == "Embedding"
+        for letter, tensor in (("A", a), ("B", b)):
+            end = f"lora_embedding_{letter}" if embedding else f"lora_{letter}.weight"
+            stored[f"{PREFIX}{one.module.path}.{end}"] = tensor
+    wrapped = {one.module.path for one in found}
+    for module in biased(skeleton, "method.bias") if config.bias != "none" else ():
+        inside = "base_layer." if module.path in wrapped else ""
+        if f"{module.path}.bias" in tensors:
+            stored[f"{PREFIX}{module.path}.{inside}bias"] = tensors[f"{module.path}.bias"]
+    keys = targeting("LORA", skeleton, [one.module.path for one in found]) | _ranks(config, skeleton, found)
+    return keys | {"bias": config.bias, "init_lora_weights": True}, stored
+
+
+def _plain(one: Place, tensors: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A place's change as one product: (rank, in) and (out, rank)."""
+    import torch
+
+    path, below, beside = one.module.path, [], []
+    for name, rows in one.parts.items() or {"": None}.items():
+        at = f"{path}.{name}." if name else f"{path}."
+        pairs = [(tensors[f"{at}a"], tensors[f"{at}b"])]
+        if f"{at}a0" in tensors:
+            pairs.append((tensors[f"{at}a0"], -tensors[f"{at}b0"]))
+        for a, b in pairs:
+            below.append(a)
+            wide = b if rows is None else b.new_zeros(one.module.out_features, b.shape[1])
+            beside.append(b if rows is None else wide.index_copy(0, torch.tensor(rows, device=b.device), b))
+    return (below[0], beside[0]) if len(below) == 1 else (torch.cat(below), torch.cat(beside, dim=1))
+
+
+def _ranks(config: LoraConfig, skeleton: Skeleton, found: Sequence[Place]) -> dict[str, Any]:
+    """Rank and alpha: those of most modules, and patterns for the others."""
+    stored = {one.module.path: _stored_rank(one, config) for one in found}
+    (usual, _), *others = Counter(stored.values()).most_common()
+    rank, alpha = usual
+    keys: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": number(alpha),
         "lora_dropout": config.dropout,
-        "target_modules": shortest(paths, skeleton),
-        "bias": "none",
-        "fan_in_fan_out": any(kinds[path] == "Conv1D" for path in paths),
-        "modules_to_save": None,
         "use_rslora": config.rank_stabilized,
-        "init_lora_weights": True,
     }
-    return keys, {_peft_name(name, kinds): tensor for name, tensor in tensors.items()}
+    named = {
+        name: value
+        for value, _ in others
+        for name in shortest([path for path, own in stored.items() if own == value], skeleton)
+    }
+    if named:
+        keys["rank_pattern"] = {name: own for name, (own, _) in named.items() if own != rank}
+        keys["alpha_pattern"] = {name: number(own) for name, (_, own) in named.items() if own != alpha}
+    return keys
 
 
-def _peft_name(name: str, kinds: Mapping[str, str]) -> str:
-    path, _, letter = name.rpartition(".")
-    end = f"lora_embedding_{letter.upper()}" if kinds[path] == "Embedding" else f"lora_{letter.upper()}.weight"
-    return f"base_model.model.{path}.{end}"
-
-
-def shortest(paths: Sequence[str], skeleton: Skeleton) -> list[str]:
-    """Names that match these modules and no others: their last parts where these will do, else whole paths."""
-    ends = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
-    matched = {m.path for m in skeleton.modules if m.path.rsplit(".", 1)[-1] in ends}
-    return ends if matched == set(paths) else list(paths)
+def _stored_rank(one: Place, config: LoraConfig) -> tuple[int, float]:
+    """Rank and alpha as they are written: the scale stays what it is."""
+    times = copies(config, len(one.parts))
+    return one.rank * times, one.alpha * (times**0.5 if config.rank_stabilized else times)
 
 
 def read(
     keys: Mapping[str, Any], skeleton: Skeleton, tensors: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    for key, harmless in REFUSED.items():
-        if keys.get(key) not in harmless:
-            raise FormatError(f"adapter_config.json: {key} is {keys[key]!r}, which cannot be read yet")
+    refuse(keys, HARMLESS)
     ours: dict[str, Any] = {}
+    trained: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name.endswith(".base_layer.weight"):
             continue  # peft adds the base's own embedding when that is targeted
+        if name.endswith(".bias") and keys.get("bias") not in (None, "none"):
+            path, _ = place(name.replace(".base_layer.bias", ".bias"), [".bias"], skeleton)
+            trained[f"{path}.bias"] = tensor
+            continue
         path, end = place(name, _NAMES, skeleton)
         ours[f"{path}.{_NAMES[end]}"] = tensor
     paths = list(dict.fromkeys(name.rpartition(".")[0] for name in ours))
@@ -87,8 +122,24 @@ def read(
         # from the tensors: the config may say it as names, a regex, `all-linear`, with or without a layer range
         "target_modules": shortest(paths, skeleton),
         "rank_stabilized": bool(keys.get("use_rslora", False)),
+        "rank_pattern": _patterns(keys.get("rank_pattern"), paths, int),
+        "alpha_pattern": _patterns(keys.get("alpha_pattern"), paths, float),
+        "bias": _bias(trained, paths),
     }
-    return block, ours
+    return block, ours | trained
+
+
+def _patterns(found: Mapping[str, Any] | None, paths: Sequence[str], kind: type) -> dict[str, Any]:
+    """Those patterns of a file that say something about a module in it."""
+    used = {key for key in found or {} if any(pattern({key: True}, path, False) for path in paths)}
+    return {key: kind(value) for key, value in (found or {}).items() if key in used}
+
+
+def _bias(trained: Mapping[str, Any], paths: Sequence[str]) -> str:
+    """What the biases in a file are, whatever its config says: peft's own files may lack what that promises."""
+    if not trained:
+        return "none"
+    return "lora_only" if {name.removesuffix(".bias") for name in trained} <= set(paths) else "all"
 
 
 EXCHANGE = Exchange("LORA", write, read, lambda keys: not keys.get("use_dora"))
