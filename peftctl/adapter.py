@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from peftctl.methods._copies import copied
 from peftctl.methods.attachment import Attachment
 from peftctl.methods.base import Method, MethodConfig
-from peftctl.surgery import device_of
+from peftctl.methods.whole import saved
+from peftctl.surgery import device_of, skeleton
 
 
 def attach(model: nn.Module, method: Method[Any], config: MethodConfig, seed: int) -> Attachment:
     """The method's deltas, hung on the model. Seeded here, so that the start is a function of recipe and base alone."""
     torch.manual_seed(seed)
-    attachment = method.attach(model, config)
+    attachment = deltas(model, method, config)
     attachment.to(device_of(model))
     attachment.install(model)
     return attachment
 
 
-def restore(attachment: Attachment, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Put saved tensors in. Raises FormatError when they do not fit."""
-    attachment.load(tensors, origin)
+def deltas(model: nn.Module, method: Method[Any], config: MethodConfig) -> Attachment:
+    """The method's deltas and copies of the saved modules, not yet hung on anything. Raises TargetError."""
+    attachment = method.attach(model, config)
+    if config.save_modules is not None:
+        attachment.extend(copied(model, saved(skeleton(model), config.save_modules, attachment.paths)))
+    return attachment

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from peftctl.base import Base
 from peftctl.methods.base import Method, MethodConfig
+from peftctl.methods.whole import saved
 from peftctl.model import skeleton
 
 
@@ -31,6 +32,9 @@ def count(base: Base, method: Method[Any], config: MethodConfig, *, trust_remote
     """Raises TargetError where the method cannot serve the base."""
     table = skeleton(base, trust_remote_code=trust_remote_code)
     counted = method.count(table, config)
-    own, total = counted.total, table.parameters()
-    percent = 100 * own / (own + total)
-    return Counts(own, 0, own, total, own + total, percent, counted.summary, counted.places)
+    whole = saved(table, config.save_modules, counted.places).sizes(table)
+    own, beside, total = counted.total, sum(whole.values()), table.parameters()
+    trainable = own + beside
+    percent = 100 * trainable / (trainable + total)
+    places = counted.places | whole
+    return Counts(own, beside, trainable, total, trainable + total, percent, counted.summary, places)

@@ -33,10 +33,14 @@ class Head:
         logits: Tensor = self.module(hidden)
         return logits if self.finish is None else self.finish(logits)
 
-    def multiplied_by(self, pack: bool) -> FrozenHead:
-        """The same without deltas, its matrix in the device's fastest form if it is packed."""
-        weight, bias = self.module.weight, getattr(self.module, "bias", None)
-        return FrozenHead(matrix(weight.detach(), bias, pack=pack), self.finish)  # type: ignore[operator]
+    def multiplied_by(self, pack: bool, exact: bool = False) -> FrozenHead:
+        """The same without deltas. `pack`: its matrix in the device's fastest form; `exact`: logits in fp32."""
+        weight: Tensor = self.module.weight.detach()  # type: ignore[operator]
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        wide = None
+        if exact and weight.dtype in (torch.bfloat16, torch.float16):
+            wide = matrix(weight.float(), None if bias is None else bias.float(), pack=True)
+        return FrozenHead(matrix(weight, bias, pack=pack), self.finish, wide)
 
 
 def _finishes(config: Any) -> list[Finish | None]:

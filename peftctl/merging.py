@@ -13,6 +13,7 @@ from torch import Tensor
 from peftctl import base as bases
 from peftctl import merge as streaming
 from peftctl import model as models
+from peftctl.adapter import deltas as unhung
 from peftctl.data.chat import Chat
 from peftctl.errors import InputError, PeftctlError
 from peftctl.methods.attachment import Attachment
@@ -64,7 +65,7 @@ def merge(
 def deltas(found: Found, model: Any) -> Attachment:
     """The adapter's deltas with their values, beside a model without weights."""
     assert found.adapter is not None
-    attachment = found.adapter.method.attach(model, found.adapter.config)
+    attachment = unhung(model, found.adapter.method, found.adapter.config)
     if any(parameter.is_meta for parameter in attachment.parameters()):
         attachment.to_empty(device="cpu")
     attachment.load(found.adapter.tensors, str(found.adapter.folder))

@@ -15,10 +15,11 @@ from pydantic import ValidationError
 
 from peftctl import methods
 from peftctl.base import Base
-from peftctl.errors import FormatError
+from peftctl.errors import FormatError, TargetError
 from peftctl.formats.shards import fingerprint
 from peftctl.methods.base import Exchange, Method, MethodConfig
-from peftctl.skeleton import Skeleton
+from peftctl.methods.whole import named
+from peftctl.skeleton import Skeleton, dotted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 OURS = "peftctl.json"
 FORMAT = 1
+PROMPTS = frozenset({"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"})  # nothing of the model is changed
 OWN_TYPE = "PEFTCTL"  # peft refuses it by name, as it should
 
 
@@ -68,7 +70,24 @@ def _plain(
     """Keys of the config and tensors in peft's form, or under our names where peft lacks the method."""
     if method.exchange is None:
         return {"peft_type": OWN_TYPE, "inference_mode": True}, dict(tensors)
-    return method.exchange().write(config, skeleton, tensors)
+    paths = [path for name in config.save_modules or () for path in named(skeleton, name)]
+    full = {
+        dotted(m.path, name): skeleton.tied.get(dotted(m.path, name), dotted(m.path, name))
+        for m in skeleton.modules
+        for name in m.shapes
+        if any(f"{m.path}.".startswith(f"{path}.") for path in paths)
+    }
+    own = {name: tensor for name, tensor in tensors.items() if name not in full.values()}
+    keys, stored = method.exchange().write(config, skeleton, own)
+    if not paths:
+        return keys, stored
+    prefix = _saved_prefix(keys)
+    return keys | {"modules_to_save": paths}, stored | {prefix + there: tensors[ours] for there, ours in full.items()}
+
+
+def _saved_prefix(keys: Mapping[str, Any]) -> str:
+    """What stands before a saved module's path: peft wraps the model once more where modules are changed."""
+    return "base_model." if keys["peft_type"] in PROMPTS else "base_model.model."
 
 
 def _facts(base: Base, skeleton: Skeleton) -> dict[str, Any]:
@@ -126,11 +145,32 @@ def _exchanged(
     """The method block and tensors of a file in peft's form."""
     exchange = _exchange(folder, keys, preferred)
     try:
-        return exchange.read(keys, skeleton, stored)
-    except FormatError as error:
+        whole = _saved_in(keys, skeleton, stored)
+        rest = {name: tensor for name, tensor in stored.items() if name not in whole}
+        block, tensors = exchange.read(dict(keys) | {"modules_to_save": None}, skeleton, rest)
+    except (FormatError, TargetError) as error:
         raise FormatError(f"{folder}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FormatError(f"{folder / CONFIG} has a value that peft would not write: {error}") from None
+    modules = list(dict.fromkeys(full.rpartition(".")[0] for full in whole.values()))
+    return block | {"save_modules": modules or None}, tensors | {ours: stored[name] for name, ours in whole.items()}
+
+
+def _saved_in(keys: Mapping[str, Any], skeleton: Skeleton, stored: Mapping[str, Tensor]) -> dict[str, str]:
+    """The stored tensors of saved modules, each with its name here; of tied ones any place will do."""
+    names, prefix = keys.get("modules_to_save") or [], _saved_prefix(keys)
+
+    def meant(path: str) -> bool:  # peft matches the end of a path, even within a word
+        parts = path.split(".")
+        return any(".".join(parts[: n + 1]).endswith(name) for n in range(len(parts)) for name in names)
+
+    there = [
+        (f"{prefix}{dotted(m.path, name)}", dotted(m.path, name))
+        for m in skeleton.modules
+        for name in m.shapes
+        if meant(m.path)
+    ]
+    return {name: skeleton.tied.get(full, full) for name, full in there if name in stored}
 
 
 def _exchange(folder: Path, keys: Mapping[str, Any], preferred: str | None) -> Exchange:

@@ -21,14 +21,18 @@ CHUNK = 1 << 22  # logits held at once, 16 MiB of fp32: larger buffers cost fres
 
 
 class FrozenHead(NamedTuple):
-    """A head in which nothing is trained: its matrix, and what is done to the product (None: nothing)."""
+    """A head in which nothing is trained: its matrix, and what is done to the product (None: nothing).
+
+    `wide`: the matrix in fp32, where the logits of a half-precision head are wanted unrounded.
+    """
 
     matrix: Matrix
     finish: Callable[[Tensor], Tensor] | None = None
+    wide: Matrix | None = None
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.matrix.forward(hidden)
-        return logits if self.finish is None else self.finish(logits)
+    def product(self, hidden: Tensor) -> Tensor:
+        """The logits before the finish, (n, vocabulary)."""
+        return self.matrix.forward(hidden) if self.wide is None else self.wide.forward(hidden.float())
 
 
 def token_stats(
@@ -92,7 +96,7 @@ def _with_slope(
 
     A label's log-probability depends on its own hidden state alone, so its gradient is head' (one-hot - softmax).
     """
-    product = head.matrix.forward(hidden)
+    product = head.product(hidden)
     with torch.set_grad_enabled(wanted and head.finish is not None):
         leaf = product.detach().requires_grad_(torch.is_grad_enabled())
         logits = (leaf if head.finish is None else head.finish(leaf)).float()

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from peftctl.methods.attachment import Delta
+from peftctl import surgery
+from peftctl.methods.attachment import Delta, Injected
+from peftctl.methods.whole import Weights
+from peftctl.skeleton import dotted
 
 
 class Copies(Delta):
@@ -44,3 +47,16 @@ class Copies(Delta):
     def fold(self, name: str, weight: Tensor) -> Tensor:
         value = self.stand_ins().get(name)
         return weight if value is None else value.detach().to(weight.device)
+
+
+def copied(model: nn.Module, trained: Weights) -> list[Injected]:
+    """Copies at every module that they name, tied parameters with the same copy at each of their places."""
+    found: dict[str, Copies] = {}  # in the order of the modules, so that a tied one's first place comes first
+    for path, parameters in trained.items():
+        elsewhere = {}
+        for name, full in parameters.items():
+            if full != dotted(path, name):
+                first, _, there = full.rpartition(".")
+                elsewhere[name] = (found[first], there)
+        found[path] = Copies(surgery.find(model, path), trained.own(path), elsewhere)
+    return [Injected(path, delta) for path, delta in found.items()]

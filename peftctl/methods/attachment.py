@@ -24,6 +24,7 @@ class Delta(nn.Module):
     enabled = True
     reenters = False  # the answer of `forward` is a new input, on which the module runs once more (its output counts)
     on_input = False  # `forward` is asked before the module runs, with its input as `x` and `y`; the answer is run on
+    inert = False  # it only holds what other deltas use, and changes nothing by itself
     stands_in = False  # there is no `forward`: the module runs with `stand_ins` in the place of its own parameters
 
     def tensors(self) -> dict[str, Tensor]:
@@ -71,14 +72,26 @@ class Injected(NamedTuple):
 
 
 class Virtual(NamedTuple):
-    """Virtual tokens that every row sees before its first real one.
+    """Virtual tokens that every row sees before its first real one: keys and values, or embeddings that are run.
 
     `keys[l]`, `values[l]`: (kv_heads, length, head_dim) of layer l, as a cache would hold them (after rotation).
+    `embeds`: (length, width), as the model's lookup would give them.
     """
 
     length: int
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    embeds: Tensor | None = None
+
+    @property
+    def held(self) -> int:
+        """How many are keys and values, which take up positions but are not run."""
+        return 0 if self.embeds is not None else self.length
+
+    @property
+    def run(self) -> int:
+        """How many are run as tokens are."""
+        return self.length - self.held
 
 
 class Attachment(nn.Module):
@@ -100,6 +113,12 @@ class Attachment(nn.Module):
             Injected(path, delta, source)  # type: ignore[arg-type]
             for path, delta, source in zip(self.paths, self.deltas, self.sources, strict=True)
         ]
+
+    def extend(self, places: Sequence[Injected]) -> None:
+        """Add places of another kind, before the hooks are hung."""
+        self.deltas.extend(place.delta for place in places)
+        self.paths += [place.path for place in places]
+        self.sources += [place.source for place in places]
 
     def named_deltas(self) -> Iterator[tuple[str, Delta]]:
         """Each delta with the prefix of its saved names; a shared one has none."""
@@ -158,6 +177,10 @@ class Attachment(nn.Module):
     def groups(self) -> dict[str, float]:
         """Learning-rate multipliers of single parameters, by saved name; 1 for those not named."""
         return {}
+
+    def penalty(self) -> Tensor | None:
+        """A scalar to be added once to the loss of an optimizer step, with its gradient; None for nothing."""
+        return None
 
     def after_backward(self, step: int, total: int) -> None:
         """Called once an optimizer step with all gradients in place, before clipping."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from peftctl.skeleton import Skeleton
 
@@ -27,6 +27,9 @@ class MethodConfig(BaseModel):
 
     name: str
     init_from: str | None = None  # an adapter folder to continue from; a path, relative to the recipe
+    save_modules: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="modules that are trained and saved whole beside the adapter"
+    )
 
 
 C = TypeVar("C", bound=MethodConfig)

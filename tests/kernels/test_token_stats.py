@@ -50,6 +50,20 @@ def test_equals_the_plain_formula(
     assert torch.equal(correct, head(hidden).argmax(-1) == targets)
 
 
+def test_logits_in_fp32_over_a_half_precision_head() -> None:
+    hidden, targets, linear, upstream = problem(torch.bfloat16)
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    rough = FrozenHead(matrix(weight, bias))
+    exact = rough._replace(wide=matrix(weight.float(), bias.float()))
+    expected = F.linear(hidden.float(), weight.float(), bias.float()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    logprob, _ = token_stats(hidden, targets, linear, 30, exact)
+    torch.testing.assert_close(logprob, expected, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(token_stats(hidden, targets, linear, 30, rough)[0], expected, rtol=1e-4, atol=1e-4)
+    (slope,) = torch.autograd.grad((logprob * upstream).sum(), hidden, retain_graph=True)
+    (true,) = torch.autograd.grad((expected * upstream).sum(), hidden)
+    torch.testing.assert_close(slope, true, rtol=3e-2, atol=2e-2)
+
+
 def test_without_gradients_the_answers_are_the_same() -> None:
     hidden, targets, linear, _ = problem(torch.float32)
     frozen = FrozenHead(matrix(linear.weight.detach(), linear.bias.detach()))

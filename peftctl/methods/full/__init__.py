@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
 from peftctl.errors import TargetError
+from peftctl.methods import whole
 from peftctl.methods.base import Counted, Method, MethodConfig, Traits
-from peftctl.skeleton import Module, Skeleton, dotted, layer_of, select
+from peftctl.methods.whole import Weights
+from peftctl.skeleton import Module, Skeleton, layer_of, select
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,32 +32,9 @@ class FullConfig(MethodConfig):
         return self
 
 
-class Weights(dict[str, dict[str, str]]):
-    """Per module path, its trained parameters by name, each with the full name under which it is trained.
-
-    A tied one is trained under the name of its first place, and stands at all of its places.
-    """
-
-    def own(self, path: str) -> list[str]:
-        """The parameters of a module that are trained under its own path."""
-        return [name for name, full in self[path].items() if full == dotted(path, name)]
-
-
 def weights(skeleton: Skeleton, config: FullConfig) -> Weights:
     """What is trained. Raises TargetError."""
-    wanted = {
-        skeleton.tied.get(dotted(m.path, name), dotted(m.path, name))
-        for m in _modules(skeleton, config)
-        for name in m.shapes
-    }
-    found = Weights()
-    for module in skeleton.modules:
-        full = {name: dotted(module.path, name) for name in module.shapes}
-        trained = {name: skeleton.tied.get(path, path) for name, path in full.items()}
-        trained = {name: path for name, path in trained.items() if path in wanted}
-        if trained:
-            found[module.path] = trained
-    return found
+    return whole.weights(skeleton, _modules(skeleton, config))
 
 
 def _modules(skeleton: Skeleton, config: FullConfig) -> list[Module]:
@@ -83,9 +61,7 @@ def _layers(skeleton: Skeleton, config: FullConfig) -> list[int] | None:
 
 
 def _count(skeleton: Skeleton, config: FullConfig) -> Counted:
-    found = weights(skeleton, config)
-    sizes = {m.path: {name: prod(shape) for name, shape in m.shapes.items()} for m in skeleton.modules}
-    places = {path: sum(sizes[path][name] for name in found.own(path)) for path in found if found.own(path)}
+    places = weights(skeleton, config).sizes(skeleton)
     layers = {layer_of(path) for path in places} - {None}
     return Counted(
         places, f"the weights of {len(places)} modules, {len(layers)} of {skeleton.dimensions.layers} layers among them"
