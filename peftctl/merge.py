@@ -76,6 +76,8 @@ def folds_of(attachment: Attachment, model: nn.Module) -> Folds:
     mirrored = {dotted(path, name) for path, delta in attachment.named_deltas() for name in delta.mirrors()}
     found: Folds = {}
     for path, delta in attachment.named_deltas():
+        if delta.inert:
+            continue
         if not delta.folds():
             delta.fold("weight", torch.zeros(0))  # says why it cannot
             raise Unfoldable(f"{path or type(delta).__name__}: no plain weight can hold this change")

@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "prefix": {"num_virtual_tokens": 3},
     "dora": {"rank": 4},
+    "vera": {"rank": 24},
 }
 
 

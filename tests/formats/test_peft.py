@@ -32,6 +32,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "bottleneck": {},
     "bitfit": {"add_missing": True},
     "dora": {"rank": 2},
+    "vera": {"rank": 24},
 }
 
 
