@@ -25,7 +25,6 @@ class Delta(nn.Module):
     reenters = False  # the answer of `forward` is a new input, on which the module runs once more (its output counts)
     on_input = False  # `forward` is asked before the module runs, with its input as `x` and `y`; the answer is run on
     inert = False  # it only holds what other deltas use, and changes nothing by itself
-    inert = False  # it only holds what other deltas use, and changes nothing by itself
     stands_in = False  # there is no `forward`: the module runs with `stand_ins` in the place of its own parameters
 
     def tensors(self) -> dict[str, Tensor]:
@@ -178,10 +177,6 @@ class Attachment(nn.Module):
     def groups(self) -> dict[str, float]:
         """Learning-rate multipliers of single parameters, by saved name; 1 for those not named."""
         return {}
-
-    def penalty(self) -> Tensor | None:
-        """A scalar to be added once to the loss of an optimizer step, with its gradient; None for nothing."""
-        return None
 
     def penalty(self) -> Tensor | None:
         """A scalar to be added once to the loss of an optimizer step, with its gradient; None for nothing."""
