@@ -77,6 +77,13 @@ class Batch:
         shared = any(len(path) > 1 for path in self.paths)
         return build(kept, share="all" if shared else "none").to(self.ids.device)
 
+    def behind(self, length: int, share: str = "all") -> Batch:
+        """The same rows and labels, each row behind so many placeholders (id 0) for tokens that have none."""
+        before = (0,) * length
+        # a row's first token is predicted by nothing, and stays so
+        rows = [Row(before + r.ids, (0.0,) * (length + 1) + r.weights[1:], r.example, r.role) for r in self.rows]
+        return build(rows, share=share).to(self.ids.device)
+
     def unshared(self) -> Batch:
         """The same rows, each a tree of its own."""
         return build(self.rows, share="none").to(self.ids.device)

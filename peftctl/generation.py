@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftctl.batch import build
+from peftctl.methods.attachment import Virtual
 from peftctl.policy import Policy, cache_of
 from peftctl.row import Row
 from peftctl.surgery import device_of
@@ -66,12 +67,17 @@ def _prompt(policy: Policy, ids: Sequence[int]) -> tuple[Tensor, dict[str, Any]]
     virtual = policy.attachment.virtual()
     if virtual is None:
         return torch.tensor([list(ids)], device=device), {}
-    dtype = next(policy.model.parameters()).dtype
-    held = virtual._replace(
-        keys=tuple(k.to(dtype) for k in virtual.keys), values=tuple(v.to(dtype) for v in virtual.values)
-    )
     stand_ins = [0] * virtual.length
-    return torch.tensor([stand_ins + list(ids)], device=device), {_cache_name(policy): cache_of(held, 1)}
+    return torch.tensor([stand_ins + list(ids)], device=device), {_cache_name(policy): _primed(policy, virtual)}
+
+
+def _primed(policy: Policy, virtual: Virtual) -> Any:
+    """A cache that holds the virtual tokens."""
+    dtype = next(policy.model.parameters()).dtype
+    if virtual.embeds is not None:
+        return policy.trunk(inputs_embeds=virtual.embeds[None].to(dtype), use_cache=True).past_key_values
+    keys, values = (tuple(t.to(dtype) for t in tensors) for tensors in (virtual.keys, virtual.values))
+    return cache_of(virtual._replace(keys=keys, values=values), 1)
 
 
 def _cache_name(policy: Policy) -> str:

@@ -74,30 +74,45 @@ class Policy(nn.Module):
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The trunk's last hidden states (N, d), and for each label the index of its source among them."""
         virtual = self.attachment.virtual()
+        batch = self._laid_out(batch, virtual)
         if self.layout.name == "padded":
             return self._padded(batch, virtual)
-        if self.layout.name == "joined":
-            batch = batch.unshared()
         return self._forest(batch, virtual), batch.labels.source
 
     def row_hidden(self, batch: Batch) -> list[Tensor]:
         """The trunk's last hidden states row by row, (length, d) each; what a test or a layout check compares."""
         virtual = self.attachment.virtual()
+        first = virtual.run if virtual is not None else 0
+        batch = self._laid_out(batch, virtual)
         if self.layout.name == "padded":
             hidden, _ = self._padded(batch, virtual)
             width = max(len(row.ids) for row in batch.rows)
-            return [hidden[i * width : i * width + len(row.ids)] for i, row in enumerate(batch.rows)]
-        if self.layout.name == "joined":
-            batch = batch.unshared()
+            return [hidden[i * width + first : i * width + len(row.ids)] for i, row in enumerate(batch.rows)]
         hidden = self._forest(batch, virtual)
-        return [hidden[tokens] for tokens in batch.row_tokens]
+        return [hidden[tokens[first:]] for tokens in batch.row_tokens]
+
+    def _laid_out(self, batch: Batch, virtual: Virtual | None) -> Batch:
+        """The batch as the layout has it. Embedded virtual tokens are every row's first, so a forest's one root."""
+        alone = self.layout.name == "joined"
+        if virtual is not None and virtual.embeds is not None:
+            return batch.behind(virtual.length, share="none" if alone else "all")
+        return batch.unshared() if alone else batch
+
+    def _inputs(self, ids: Tensor, positions: Tensor, virtual: Virtual | None) -> dict[str, Tensor]:
+        """What the trunk is given for ids and their places in their rows, (R, T) each."""
+        if virtual is None or virtual.embeds is None:
+            return {"input_ids": ids}
+        real: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+        rows = virtual.embeds.to(real.dtype)[positions.clamp(max=virtual.length - 1)]
+        return {"inputs_embeds": torch.where((positions < virtual.length)[..., None], rows, real)}
 
     def _forest(self, batch: Batch, virtual: Virtual | None) -> Tensor:
-        length = virtual.length if virtual else 0
-        state = attention.Running(plan(batch), *(virtual[1:] if virtual else ()))
+        length = virtual.held if virtual is not None else 0
+        state = attention.Running(plan(batch), *((virtual.keys, virtual.values) if virtual else ()))
         positions = batch.positions + length + self.layout.first_position
         with attention.running(self.model, state):
-            output = self.trunk(input_ids=batch.ids[None], **self._positions(positions[None]), **self._no_cache)
+            inputs = self._inputs(batch.ids[None], batch.positions[None], virtual)
+            output = self.trunk(**inputs, **self._positions(positions[None]), **self._no_cache)
         self.attention_calls = state.calls
         return last_hidden(output)[0]
 
@@ -108,13 +123,13 @@ class Policy(nn.Module):
         real = torch.arange(width, device=device) < lengths[:, None]
         ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
         ids[real] = torch.tensor([i for row in rows for i in row.ids], device=device)
-        length = virtual.length if virtual else 0
+        length = virtual.held if virtual is not None else 0
         mask = torch.cat([real.new_ones(len(rows), length), real], dim=1).long()
-        positions = torch.arange(width, device=device) + length + self.layout.first_position
-        extra = self._positions(positions.expand(len(rows), -1)) | self._no_cache
-        if virtual is not None:
+        places_in_row = torch.arange(width, device=device).expand(len(rows), -1)
+        extra = self._positions(places_in_row + length + self.layout.first_position) | self._no_cache
+        if virtual is not None and length:
             extra = extra | {self._cache_name: cache_of(virtual, len(rows)), "use_cache": True}
-        output = self.trunk(input_ids=ids, attention_mask=mask, **extra)
+        output = self.trunk(**self._inputs(ids, places_in_row, virtual), attention_mask=mask, **extra)
         places = batch.labels.row * width + batch.positions[batch.labels.source]
         return last_hidden(output).flatten(0, 1), places
 

@@ -21,6 +21,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 DATA = {"sft": "messages.jsonl", "dpo": "preference.jsonl", "orpo": "preference.jsonl", "kto": "unpaired.jsonl"}
 # what a method needs on a base without biases
 BLOCKS: dict[str, dict[str, Any]] = {"bitfit": {"add_missing": True}, "lora": {"rank": 4, "target_modules": ["q_proj"]}}
+# what it needs to go on from an adapter that was written, where that leaves something out
+CONTINUED: dict[str, dict[str, Any]] = {"p-tuning": {"encoder": "none"}}
 TIMINGS = ("seconds", "tokens_per_s")
 
 

@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ln-tuning": {},
     "full": {},
     "prefix": {"num_virtual_tokens": 3},
+    "prompt": {"num_virtual_tokens": 3},
     "dora": {"rank": 4},
     "vera": {"rank": 24},
 }

@@ -91,6 +91,7 @@ def test_preference_after_dialogues_starts_at_ln_2_and_keeps_its_reference(metho
     runs.train(tmp_path / "first", first)
     # the base of the first run, so that the adapter sits where it was trained
     more = {"model": {"name": str(tmp_path / "first" / "base")}, "method": {"init_from": str(tmp_path / "first")}}
+    more["method"] |= runs.CONTINUED.get(method, {})
     contents = runs.document(method, "dpo", **more)
     runs.train(tmp_path / "whole", contents)
     losses = [event["loss"] for event in runs.events(tmp_path / "whole") if event["event"] == "step"]

@@ -29,6 +29,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "full": {"last_layers": 1},
     "lora": {"rank": 2, "target_modules": ["q_proj", "v_proj"]},
     "prefix": {"num_virtual_tokens": 3},
+    "prompt": {"num_virtual_tokens": 3},
+    "p-tuning": {"num_virtual_tokens": 3, "encoder": "none"},
     "bottleneck": {},
     "bitfit": {"add_missing": True},
     "dora": {"rank": 2},

@@ -31,26 +31,34 @@ def attached(config: MethodConfig, name: str, seed: int = 0) -> tuple[PreTrained
     return model, attachment
 
 
-def primed(model: PreTrainedModel, virtual: Virtual, rows: int) -> dict[str, DynamicCache]:
+def primed(model: PreTrainedModel, virtual: Virtual, rows: int) -> dict[str, Any]:
     """A cache with the virtual tokens in it, under the name that the model gives the argument."""
+    # transformers 5 renamed it on the way
+    accepted = inspect.signature(model.base_model.forward).parameters
+    name = "cache" if "cache" in accepted else "past_key_values"
+    if virtual.embeds is not None:
+        output = model.base_model(inputs_embeds=virtual.embeds.expand(rows, -1, -1), use_cache=True)
+        return {name: output.past_key_values}
     cache = DynamicCache()
     for layer, (k, v) in enumerate(zip(virtual.keys, virtual.values, strict=True)):
         cache.update(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1), layer)
-    # transformers 5 renamed it on the way
-    accepted = inspect.signature(model.base_model.forward).parameters
-    return {"cache" if "cache" in accepted else "past_key_values": cache}
+    return {name: cache}
 
 
 def forward(model: PreTrainedModel, attachment: Attachment, ids: Tensor | None = None) -> Tensor:
-    """The logits, with the virtual tokens, if any, laid in a cache before the real ones."""
+    """The logits of the real tokens, with the virtual ones, if any, before them: in a cache, or as embeddings."""
     call: dict[str, Any] = inputs(model) if ids is None else {"input_ids": ids}
     virtual = attachment.virtual()
     if virtual is not None:
         rows, length = call["input_ids"].shape
         call["attention_mask"] = torch.ones(rows, virtual.length + length, dtype=torch.long)
-        call |= primed(model, virtual, rows)
+        if virtual.embeds is None:
+            call |= primed(model, virtual, rows)
+        else:
+            real = model.get_input_embeddings()(call.pop("input_ids"))
+            call["inputs_embeds"] = torch.cat([virtual.embeds.expand(rows, -1, -1), real], dim=1)
     logits: Tensor = model(**call).logits
-    return logits
+    return logits[:, virtual.run :] if virtual is not None else logits
 
 
 @torch.no_grad()

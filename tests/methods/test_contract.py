@@ -24,7 +24,9 @@ REFUSED = {
     "bitfit": {"llama", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "mixtral", "phi3", "mpt", "t5"},
     "bottleneck": {"t5"},
     "ia3": {"mixtral", "t5"},
+    "p-tuning": {"t5"},
     "prefix": {"t5"},
+    "prompt": {"t5"},
 }
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peftctl.errors import FormatError
-from peftctl.methods._peft import task_type
+from peftctl.methods._prompts import KEY, peft_keys, peft_rows
 from peftctl.methods.base import Exchange
 from peftctl.methods.prefix import PrefixConfig, cached
 from peftctl.skeleton import Skeleton
-
-KEY = "prompt_embeddings"
 
 
 def write(
@@ -21,36 +18,18 @@ def write(
 
     size = cached(skeleton)
     width = size.kv_heads * size.head_dim
-    keys = {
-        "peft_type": "PREFIX_TUNING",
-        "task_type": task_type(skeleton),
-        "inference_mode": True,
-        "num_virtual_tokens": config.num_virtual_tokens,
-        "num_layers": size.layers,
-        "token_dim": width,
-        "num_attention_heads": size.kv_heads,
-        "num_transformer_submodules": 1,
-        "encoder_hidden_size": width,
-        "prefix_projection": False,  # what is written is already projected
-    }
+    keys = peft_keys("PREFIX_TUNING", skeleton, config.num_virtual_tokens, width, size.kv_heads)
+    # what is written is already projected
+    keys |= {"encoder_hidden_size": width, "prefix_projection": False}
     return keys, {KEY: project({name: tensor.detach() for name, tensor in tensors.items()}).contiguous()}
 
 
 def read(
     keys: Mapping[str, Any], skeleton: Skeleton, tensors: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    if set(tensors) != {KEY}:
-        raise FormatError(f"adapter_model.safetensors holds {', '.join(sorted(tensors))}; {KEY} alone is expected")
-    if keys.get("num_transformer_submodules") not in (None, 1):
-        raise FormatError("adapter_config.json: num_transformer_submodules is not 1, which cannot be read yet")
-    rows = tensors[KEY]
     size = cached(skeleton)
     width = 2 * size.layers * size.kv_heads * size.head_dim
-    if rows.ndim != 2 or rows.shape[1] != width:
-        raise FormatError(
-            f"adapter_model.safetensors: {KEY} is {tuple(rows.shape)}, but the keys and values of "
-            f"{skeleton.architecture} are {width} wide"
-        )
+    rows = peft_rows(keys, tensors, width, f"the keys and values of {skeleton.architecture}")
     return {"name": "prefix", "num_virtual_tokens": len(rows)}, {"prompt": rows}
 
 
