@@ -10,7 +10,11 @@ from typing import Any
 from peftctl.errors import Problem, RecipeError
 from peftctl.located import DEEPEST, Node, Place, parse, read
 
-INPUTS = (("model", "name"), ("model", "tokenizer"), ("data", "train"), ("data", "validation"), ("method", "init_from"))
+INPUTS = (
+    *(("model", "name"), ("model", "tokenizer"), ("data", "train"), ("data", "validation")),
+    *(("method", "init_from"), ("objective", "reference")),
+)
+WORDS = ("initial", "base")  # of objective.reference, which are no folders
 
 
 class Files:
@@ -98,7 +102,9 @@ def _inputs(root: Node, folder: Path) -> Node:
 
 
 def _is_path(key: str, value: str, folder: Path) -> bool:
-    """A model's name may be a hub id: what looks like a path or is there is one."""
+    """A model's name may be a hub id: what looks like a path or is there is one. A reference may be a word."""
+    if key == "reference":
+        return value not in WORDS
     looks = value.startswith((".", "/", "~", "configs/")) or value.endswith((".gguf", ".json"))
     return key != "name" or looks or os.path.isdir(folder / value)
 

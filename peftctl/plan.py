@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftctl import base as bases
 from peftctl import methods, objectives
@@ -20,6 +20,7 @@ from peftctl.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from peftctl.formats.peft import Adapter
+    from peftctl.methods.base import MethodConfig
 
 
 class Options(NamedTuple):
@@ -43,6 +44,7 @@ class Plan(NamedTuple):
     data: Prepared
     counts: Counts
     start: Adapter | None  # the adapter that training continues from
+    reference: Adapter | None  # the adapter that the policy is compared with, where the recipe names one
     examples: int | None  # examples after which the run ends; None where steps alone end it
     steps: int
     warmup_steps: int
@@ -56,11 +58,13 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     skeleton = models.skeleton(base, trust_remote_code=trust)
     data = prepare(recipe, chat, objectives.get(recipe.objective.name), skeleton.dimensions.vocabulary)
     _fit(data, base)
-    start = _start(recipe, skeleton)
+    start = _adapter("method.init_from", recipe.method.init_from, recipe, skeleton)
+    reference = _reference(recipe, skeleton)
     examples, steps = _extent(recipe, len(data.train))
     warmup = recipe.train.warmup
     warmup_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
-    return Plan(recipe, Path(recipe.output), base, skeleton, chat, data, counts, start, examples, steps, warmup_steps)
+    output = Path(recipe.output)
+    return Plan(recipe, output, base, skeleton, chat, data, counts, start, reference, examples, steps, warmup_steps)
 
 
 def _fit(data: Prepared, base: bases.Base) -> None:
@@ -110,22 +114,46 @@ def _architecture(name: str) -> bases.Base:
     return bases.resolve(str(shared_folder("configs") / "models" / "tiny-llama.json"))
 
 
-def _start(recipe: Recipe, skeleton: Skeleton) -> Adapter | None:
-    """The adapter of `method.init_from`, which must be of the recipe's method."""
-    if recipe.method.init_from is None:
+def _adapter(key: str, path: str | None, recipe: Recipe, skeleton: Skeleton) -> Adapter | None:
+    """The adapter that a key of the recipe names, which must be of the recipe's method."""
+    if path is None:
         return None
     from peftctl.formats import peft
     from peftctl.opened import adapter_folder
 
-    folder = adapter_folder(recipe.method.init_from)
+    folder = adapter_folder(path)
     if folder is None:
-        raise InputError(f"method.init_from: {recipe.method.init_from} is neither a run nor an adapter")
+        raise InputError(f"{key}: {path} is neither a run nor an adapter")
     adapter = peft.read(folder, skeleton)
     if adapter.method.name != recipe.method.name:
-        raise InputError(
-            f"method.init_from: {folder} holds {adapter.method.name}, the recipe asks for {recipe.method.name}"
-        )
+        raise InputError(f"{key}: {folder} holds {adapter.method.name}, the recipe asks for {recipe.method.name}")
     return adapter
+
+
+def _reference(recipe: Recipe, skeleton: Skeleton) -> Adapter | None:
+    """The adapter of `objective.reference`, which takes the trained one's place: its settings must be the same."""
+    named = objectives.get(recipe.objective.name).reference(recipe.objective)
+    if named in (None, "initial", "base"):
+        return None
+    adapter = _adapter("objective.reference", named, recipe, skeleton)
+    assert adapter is not None
+    try:
+        theirs, ours = (_settings(adapter, config, skeleton) for config in (adapter.config, recipe.method))
+    except KeyError:
+        return adapter  # it lacks a tensor: loading it tells which
+    differing = [key for key in ours if theirs.get(key) != ours[key]]
+    if differing:
+        told = ", ".join(f"{key} {theirs.get(key)!r}, not {ours[key]!r}" for key in differing)
+        raise InputError(f"objective.reference: {adapter.folder} has {told}; method must be set as for the reference")
+    return adapter
+
+
+def _settings(adapter: Adapter, config: MethodConfig, skeleton: Skeleton) -> dict[str, Any]:
+    """What a method's block makes of an adapter's tensors: as it would be saved, for there defaults are spelled out."""
+    exchange = adapter.method.exchange
+    keys = config.model_dump() if exchange is None else exchange().write(config, skeleton, adapter.tensors)[0]
+    # what matters in training alone
+    return {key: value for key, value in keys.items() if key != "init_from" and not key.endswith("dropout")}
 
 
 def _extent(recipe: Recipe, rows: int) -> tuple[int | None, int]:

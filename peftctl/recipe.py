@@ -89,12 +89,13 @@ def starter() -> str:
 
 
 def _smoke(root: Node) -> Node:
-    """What `--smoke` lays over a recipe; of the method's keys there, those that the recipe's method has."""
+    """What `--smoke` lays over a recipe; of a method's and an objective's keys, those that the recipe's have."""
     over = relocated(Files([]).extended(shared_folder("configs") / "smoke.yaml"), Place("--smoke"))
-    block, method = over.value.pop("method"), root.at(("method",)).plain()
-    if isinstance(method, dict) and method.get("name") in methods.names():
-        known = methods.get(method["name"]).config.model_fields
-        over.value["method"] = Node({key: node for key, node in block.value.items() if key in known}, block.place)
+    for part, package in NAMED.items():
+        block, own = over.value.pop(part), root.at((part,)).plain()
+        if isinstance(own, dict) and own.get("name") in package.names():
+            known = package.get(own["name"]).config.model_fields
+            over.value[part] = Node({key: node for key, node in block.value.items() if key in known}, block.place)
     return over
 
 

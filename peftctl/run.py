@@ -26,6 +26,7 @@ from peftctl.plan import Options, Plan, plan
 from peftctl.policy import Policy, Reference, checkpointed, frozen_copy
 from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
+from peftctl.reference import reference_of
 from peftctl.report import Log, Sink, display, read, tee, truncate
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
 from peftctl.schema import Recipe, TrainConfig
@@ -180,7 +181,7 @@ def _load(planned: Plan, folder: RunFolder, state: State | None, options: Option
     if settings.fuse:
         packed = folder.choice("packed")
         policy.fuse(pack=_packed(settings, model) if packed is None else packed)
-    reference = _reference(planned, policy, start, state)
+    reference = reference_of(planned, policy, start, state)
     optimizer = optim.build(
         attachment.trainable(),
         attachment.groups(),
@@ -197,21 +198,6 @@ def _load(planned: Plan, folder: RunFolder, state: State | None, options: Option
 
 def _packed(settings: TrainConfig, model: Any) -> bool:
     return affordable(model) if settings.pack_weights is None else settings.pack_weights
-
-
-def _reference(planned: Plan, policy: Policy, start: dict[str, torch.Tensor], state: State | None) -> Reference | None:
-    """The policy as it was at step 0: by the switch where that is the base, else by a frozen copy."""
-    recipe = planned.recipe
-    kind = objectives.get(recipe.objective.name).reference(recipe.objective)
-    if kind is None:
-        return None
-    identity = methods.get(recipe.method.name).traits(recipe.method).starts_as_identity
-    if kind == "base" or (identity and planned.start is None):
-        return Reference(policy, None)
-    if state is not None and state.reference is not None:
-        device = next(iter(start.values())).device
-        return Reference(policy, {name: tensor.to(device) for name, tensor in state.reference.items()})
-    return Reference(policy, start)
 
 
 def _restore(attachment: Attachment, optimizer: torch.optim.Optimizer, state: State) -> Progress:

@@ -21,7 +21,7 @@ LAYERS = [
     ["base", "data", "fuse", "head", "policy", "layout", "formats"],
     ["model", "adapter", "checkpoint", "counting", "generation", "merge", "opened", "optim", "report", "signals"],
     ["trainer"],
-    ["plan", "run_folder", "evaluation", "proof", "merging", "profile", "run"],
+    ["plan", "run_folder", "evaluation", "proof", "merging", "profile", "reference", "run"],
     ["commands", "cli"],
 ]
 TORCH_FREE = ["errors", "row", "skeleton", "qkv", "recipe", "base", "model", "cli", "methods", "objectives", "data"]

@@ -24,6 +24,14 @@ class PreferenceConfig(ObjectiveConfig):
     )
 
 
+class ReferenceConfig(PreferenceConfig):
+    reference: str = Field(
+        "initial",
+        min_length=1,
+        description="initial: the policy as it was at step 0; base; or an adapter of the same method, by its folder",
+    )
+
+
 def encode(example: Example, encoder: Encoder, config: PreferenceConfig) -> tuple[Row, ...]:
     """Two rows, chosen and rejected, that begin with the same prompt. Raises DataError with the reason."""
     chosen, rejected = (

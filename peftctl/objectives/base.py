@@ -86,7 +86,7 @@ class Objective(Generic[C]):
     encode: Callable[[Example, Encoder, C], tuple[Row, ...]]
     weights: Callable[[Batch, C], tuple[float, ...]]
     loss: Callable[..., Loss]  # of policy, reference, batch and config; with `shared`, of its answer too
-    reference: Callable[[C], str | None] = lambda config: None  # "initial", "base" or None
+    reference: Callable[[C], str | None] = lambda config: None  # "initial", "base", a path of an adapter, or None
     base_dropout: bool = True  # whether dropout inside the base is left on, as its config says
     # all examples' rows and a permutation that the seed draws -> the examples, whose rows may now be others' in part
     pair: Callable[[Sequence[tuple[Row, ...]], Sequence[int]], tuple[tuple[Row, ...], ...]] | None = None

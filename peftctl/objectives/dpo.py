@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from peftctl.batch import Batch
 
 
-class DpoConfig(pairs.PreferenceConfig):
+class DpoConfig(pairs.ReferenceConfig):
     beta: float = Field(0.1, gt=0, allow_inf_nan=False, description="how strongly the policy is held to the reference")
     loss: Literal["sigmoid", "hinge", "robust"] = Field(
         "sigmoid", description="of a margin; robust: unbiased where the share label_smoothing of the labels is wrong"
     )
-    reference: Literal["initial", "base"] = Field("initial", description="the policy as it was at step 0, or the base")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs taken to be labelled the wrong way")
     length_normalised: bool = Field(False, description="rewards by the mean over an answer's tokens, not by their sum")
 

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2310.12036
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from peftctl.batch import Batch
 
 
-class IpoConfig(pairs.PreferenceConfig):
+class IpoConfig(pairs.ReferenceConfig):
     beta: float = Field(0.1, gt=0, allow_inf_nan=False, description="tau: the lead is drawn to 1 / (2 * beta)")
-    reference: Literal["initial", "base"] = Field("initial", description="the policy as it was at step 0, or the base")
     length_normalised: bool = Field(
         True, description="leads by the mean over an answer's tokens, as in practice, not by their sum (equation 17)"
     )

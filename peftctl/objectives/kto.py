@@ -6,7 +6,7 @@ https://arxiv.org/abs/2402.01306. The point is how far the policy is from the re
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -24,9 +24,8 @@ JUDGED = ("desirable", "undesirable")
 OTHERS = "mismatched"
 
 
-class KtoConfig(pairs.PreferenceConfig):
+class KtoConfig(pairs.ReferenceConfig):
     beta: float = Field(0.1, gt=0, allow_inf_nan=False, description="how strongly the policy is held to the reference")
-    reference: Literal["initial", "base"] = Field("initial", description="the policy as it was at step 0, or the base")
     desirable_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="of an answer labelled true")
     undesirable_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="of an answer labelled false")
 
