@@ -88,13 +88,13 @@ def _fault(
         after = policy.row_hidden(build(others).to(device))
     except (attention.Unsupported, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else 'no message'}"
-    if layout.name != "padded" and any(_distance(a, b) > 1e-6 for a, b in zip(together[:2], after[:2], strict=True)):
+    if layout.name != "padded" and any(distance(a, b) > 1e-6 for a, b in zip(together[:2], after[:2], strict=True)):
         return "rows see each other"
-    worst = max(_distance(a, b) for a, b in zip(together, alone, strict=True))
+    worst = max(distance(a, b) for a, b in zip(together, alone, strict=True))
     limit = TOLERANCE.get(alone[0].dtype, LOOSE)
     return None if worst <= limit else f"rows differ from each row alone by {worst:.1e} (at most {limit:.0e})"
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
     """Largest difference, relative to the largest value."""
     return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-12))

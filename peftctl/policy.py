@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from peftctl.errors import ModelError
 from peftctl.fuse import fuse
 from peftctl.head import Head
 from peftctl.kernels import attention
-from peftctl.kernels.rectangles import plan
+from peftctl.kernels.rectangles import Plan
 from peftctl.kernels.token_stats import token_stats
 from peftctl.methods.attachment import Attachment, Virtual
 from peftctl.objectives.base import TokenStats
@@ -47,6 +47,8 @@ class Policy(nn.Module):
         self.attachment = attachment
         self.layout = layout
         self.head = head
+        # what a pass over a batch runs in: `frozen.py` puts what it knows in the place of the lowest blocks
+        self.below: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext()
         self.packed = False  # whether the kernels keep copies of the matrices in the device's own order
         self.attention_calls = 0  # how often the last forest asked for attention: what the layout check compares
 
@@ -108,9 +110,9 @@ class Policy(nn.Module):
 
     def _forest(self, batch: Batch, virtual: Virtual | None) -> Tensor:
         length = virtual.held if virtual is not None else 0
-        state = attention.Running(plan(batch), *((virtual.keys, virtual.values) if virtual else ()))
+        state = attention.Running(Plan(batch), *((virtual.keys, virtual.values) if virtual else ()))
         positions = batch.positions + length + self.layout.first_position
-        with attention.running(self.model, state):
+        with attention.running(self.model, state), self.below(batch):
             inputs = self._inputs(batch.ids[None], batch.positions[None], virtual)
             output = self.trunk(**inputs, **self._positions(positions[None]), **self._no_cache)
         self.attention_calls = state.calls

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from peftctl import base as bases
-from peftctl import checkpoint, methods, objectives, optim, signals
+from peftctl import checkpoint, methods, objectives, optim, reuse, signals
 from peftctl import model as models
 from peftctl.adapter import attach
 from peftctl.checkpoint import Progress, State
@@ -28,6 +29,7 @@ from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
 from peftctl.reference import reference_of
 from peftctl.report import Log, Sink, display, read, tee, truncate
+from peftctl.reuse import Reuse
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
 from peftctl.schema import Recipe, TrainConfig
 from peftctl.surgery import without_dropout
@@ -60,11 +62,16 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
         random_base = planned.base.weights is None
         planned = _with_weights(planned, folder)
         training = _load(planned, folder, state, options)
-        folder.record(planned, training.policy.layout, _choices(training), random_base)
+        batches = _batches(planned, training.policy)
+        kept = _reuse(planned, training.policy, batches, folder, shown.notice)
+        folder.record(planned, training.policy.layout, _choices(training, kept), random_base)
+        if kept is not None and not kept.fill(stop, shown.notice):
+            kept = None
+            folder.record(planned, training.policy.layout, _choices(training, kept), random_base)
         log = folder.path / "metrics.jsonl"
         truncate(log, training.progress.step)
-        with Log(log) as lines:
-            job = _job(planned, folder, training, lines, shown, stop)
+        with Log(log) as lines, nullcontext() if kept is None else kept.served():
+            job = _job(planned, folder, training, batches, lines, shown, stop)
             progress, shares = _followed(folder, job, training.progress, options.profile, shown.notice)
         written = _write(planned, folder, training)
         proof = prove(training.policy, training.start, planned, written) if options.verify else None
@@ -113,7 +120,7 @@ def _with_weights(planned: Plan, folder: RunFolder) -> Plan:
     return planned._replace(base=bases.resolve(str(target.resolve())))
 
 
-def _choices(training: Training) -> dict[str, Any]:
+def _choices(training: Training, kept: Reuse | None) -> dict[str, Any]:
     """What was decided without being asked."""
     parameter = next(training.policy.model.parameters())
     return {
@@ -121,6 +128,7 @@ def _choices(training: Training) -> dict[str, Any]:
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "packed": training.policy.packed,
+        "frozen_blocks": 0 if kept is None else kept.frozen.count,
     }
 
 
@@ -207,27 +215,43 @@ def _restore(attachment: Attachment, optimizer: torch.optim.Optimizer, state: St
     return state.progress
 
 
+def _batches(planned: Plan, policy: Policy) -> Batches:
+    settings, data = planned.recipe.train, planned.recipe.data
+    return Batches(
+        planned.data.train,
+        batch_size=settings.batch_size,
+        gradient_accumulation=settings.gradient_accumulation,
+        tokens=settings.tokens_per_batch,
+        bucket=data.bucket,
+        seed=settings.seed,
+        share=data.share_starts,
+        padded=policy.layout.name == "padded",
+        total=planned.examples,
+        validation=planned.data.validation,
+    )
+
+
+def _reuse(
+    planned: Plan, policy: Policy, batches: Batches, folder: RunFolder, notice: Callable[[str], None]
+) -> Reuse | None:
+    """What the frozen blocks answer, where it is kept."""
+    settings = planned.recipe.train
+    if not settings.cache_frozen:
+        return None
+    chosen = folder.choice("frozen_blocks")
+    return reuse.plan(policy, batches, planned.steps, planned.base, fused=settings.fuse, chosen=chosen, notice=notice)
+
+
 def _job(
     planned: Plan,
     folder: RunFolder,
     training: Training,
+    batches: Batches,
     log: Log,
     shown: Sink,
     stop: Callable[[], int | None],
 ) -> Job:
     recipe, settings = planned.recipe, planned.recipe.train
-    batches = Batches(
-        planned.data.train,
-        batch_size=settings.batch_size,
-        gradient_accumulation=settings.gradient_accumulation,
-        tokens=settings.tokens_per_batch,
-        bucket=recipe.data.bucket,
-        seed=settings.seed,
-        share=recipe.data.share_starts,
-        padded=training.policy.layout.name == "padded",
-        total=planned.examples,
-        validation=planned.data.validation,
-    )
     objective = objectives.get(recipe.objective.name)
     return Job(
         question=Question(objective, recipe.objective, training.policy, training.reference),

@@ -20,8 +20,9 @@ LAYERS = [
     ["located", "composed", "blame", "schema", "recipe", "storage"],
     ["base", "data", "fuse", "head", "policy", "layout", "formats"],
     ["model", "adapter", "checkpoint", "counting", "generation", "merge", "opened", "optim", "report", "signals"],
+    ["states", "frozen"],
     ["trainer"],
-    ["plan", "run_folder", "evaluation", "proof", "merging", "profile", "reference", "run"],
+    ["plan", "run_folder", "evaluation", "proof", "merging", "profile", "reference", "reuse", "run"],
     ["commands", "cli"],
 ]
 TORCH_FREE = ["errors", "row", "skeleton", "qkv", "recipe", "base", "model", "cli", "methods", "objectives", "data"]

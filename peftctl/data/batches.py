@@ -8,6 +8,7 @@ from peftctl.batch import Batch, build
 from peftctl.data import packing
 from peftctl.data.encoded import Dataset
 from peftctl.data.order import Buckets, examples
+from peftctl.row import Row
 
 EVALUATED = 4096  # tokens of a micro-batch that needs no gradients
 
@@ -60,6 +61,16 @@ class Batches:
         if self.tokens is not None:
             return packing.within(sizes, self.tokens, self.padded)
         return packing.even(sizes, self.batch_size, self.padded)
+
+    def passes(self, steps: int) -> float:
+        """How often the first steps see each example, on average."""
+        seen = steps * self.per_step if self.total is None else min(self.total, steps * self.per_step)
+        return seen / len(self.train)
+
+    def groups(self, tokens: int) -> list[list[Row]]:
+        """All rows, those of the evaluation too, in groups of at most `tokens`, which depend on the data alone."""
+        sets = [self.train] if self.validation is None else [self.train, self.validation]
+        return [data.rows(part) for data in sets for part in packing.in_order(data.sizes(), tokens)]
 
     def evaluation(self) -> Iterator[Batch]:
         """The held-out examples; nothing when there are none."""
