@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -199,7 +199,7 @@ class Reference:
             if self.initial is None:
                 stack.enter_context(self.policy.attachment.disabled())
             else:
-                stack.enter_context(swapped(self.policy.attachment.trainable(), self.initial))
+                stack.enter_context(swapped(self.policy.attachment.moving(), self.initial))
             yield
 
 
@@ -212,17 +212,17 @@ def checkpointed(model: Any) -> None:
 
 
 def frozen_copy(attachment: Attachment) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in attachment.trainable().items()}
+    return {name: tensor.detach().clone() for name, tensor in attachment.moving().items()}
 
 
 @contextmanager
-def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
-    """Other values in the parameters' place for a while; the parameters' own storage is not written to."""
-    own = {name: parameter.data for name, parameter in parameters.items()}
+def swapped(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other values in the tensors' place for a while; the tensors' own storage is not written to."""
+    own = {name: tensor.data for name, tensor in tensors.items()}
     try:
-        for name, parameter in parameters.items():
-            parameter.data = values[name]
+        for name, tensor in tensors.items():
+            tensor.data = values[name]
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
+        for name, tensor in tensors.items():
+            tensor.data = own[name]

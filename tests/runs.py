@@ -20,9 +20,13 @@ from peftctl.schema import Recipe
 CONFIGS = Path(__file__).parent.parent / "configs"
 DATA = {"sft": "messages.jsonl", "dpo": "preference.jsonl", "orpo": "preference.jsonl", "kto": "unpaired.jsonl"}
 # what a method needs on a base without biases
-BLOCKS: dict[str, dict[str, Any]] = {"bitfit": {"add_missing": True}, "lora": {"rank": 4, "target_modules": ["q_proj"]}}
-# what it needs to go on from an adapter that was written, where that leaves something out
-CONTINUED: dict[str, dict[str, Any]] = {"p-tuning": {"encoder": "none"}}
+BLOCKS: dict[str, dict[str, Any]] = {
+    "bitfit": {"add_missing": True},
+    "lora": {"rank": 4, "target_modules": ["q_proj"]},
+    "adalora": {"rank": 2, "initial_rank": 6, "interval": 1},
+}
+# what it needs to go on from an adapter that was written, where that leaves something out or a loss has more terms
+CONTINUED: dict[str, dict[str, Any]] = {"p-tuning": {"encoder": "none"}, "adalora": {"orthogonality": 0.0}}
 TIMINGS = ("seconds", "tokens_per_s")
 
 

@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt": {"num_virtual_tokens": 3},
     "dora": {"rank": 4},
     "vera": {"rank": 24},
+    "adalora": {"rank": 3},
 }
 
 

@@ -134,6 +134,10 @@ class Attachment(nn.Module):
         """Everything trained, under `path.name`."""
         return {dotted(path, n): p for path, delta in self.named_deltas() for n, p in delta.trainable().items()}
 
+    def moving(self) -> dict[str, Tensor]:
+        """Everything that training changes and answers depend on; a superset of `trainable`."""
+        return dict(self.trainable())
+
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], origin: str = "adapter") -> None:
         """Copy saved values in. Refused whole when a name is missing, unknown, or of another shape (FormatError)."""
