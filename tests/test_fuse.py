@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},
     "bottleneck": {"reduction_factor": 4},
     "bitfit": {"add_missing": True},
+    "compacter": {},
     "ia3": {},
     "ln-tuning": {},
     "full": {},

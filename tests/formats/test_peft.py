@@ -24,6 +24,7 @@ from peftctl.surgery import skeleton
 from tests.models import logits, tiny
 
 BLOCKS: dict[str, dict[str, Any]] = {
+    "compacter": {},
     "ia3": {},
     "ln-tuning": {},
     "full": {"last_layers": 1},

@@ -23,6 +23,7 @@ THE_CORE = ("opt", "gpt_neox", "qwen3", "gemma", "mistral", "phi3", "bert")
 REFUSED = {
     "bitfit": {"llama", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "mixtral", "phi3", "mpt", "t5"},
     "bottleneck": {"t5"},
+    "compacter": {"t5"},
     "ia3": {"mixtral", "t5"},
     "p-tuning": {"t5"},
     "prefix": {"t5"},
