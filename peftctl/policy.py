@@ -68,6 +68,11 @@ class Policy(nn.Module):
             self.head.frozen = self.head.multiplied_by(pack=pack)
         self.packed = pack
 
+    def exact_logits(self) -> None:
+        """Take the logits in fp32 from here on, over a base in half precision."""
+        if self.head is not None:
+            self.head.frozen = self.head.multiplied_by(pack=self.packed, exact=True)
+
     def tokens(self, batch: Batch) -> TokenStats:
         """Per label of the batch: fp32 log-probability and correctness, each (labels,)."""
         answer: TokenStats = self(batch)

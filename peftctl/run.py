@@ -23,6 +23,7 @@ from peftctl.fuse import affordable
 from peftctl.merging import merge
 from peftctl.methods.attachment import Attachment
 from peftctl.opened import policy_of
+from peftctl.penalty import penalised
 from peftctl.plan import Options, Plan, plan
 from peftctl.policy import Policy, Reference, checkpointed, frozen_copy
 from peftctl.profile import profiled
@@ -189,6 +190,8 @@ def _load(planned: Plan, folder: RunFolder, state: State | None, options: Option
     if settings.fuse:
         packed = folder.choice("packed")
         policy.fuse(pack=_packed(settings, model) if packed is None else packed)
+    if not objective.likelihood:  # what is learnt is a small difference of log-probabilities
+        policy.exact_logits()
     reference = reference_of(planned, policy, start, state)
     optimizer = optim.build(
         attachment.trainable(),
@@ -252,7 +255,7 @@ def _job(
     stop: Callable[[], int | None],
 ) -> Job:
     recipe, settings = planned.recipe, planned.recipe.train
-    objective = objectives.get(recipe.objective.name)
+    objective = penalised(objectives.get(recipe.objective.name), training.attachment)
     return Job(
         question=Question(objective, recipe.objective, training.policy, training.reference),
         batches=batches,
