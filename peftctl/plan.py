@@ -57,7 +57,7 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     counts = count(base, methods.get(recipe.method.name), recipe.method, trust_remote_code=trust)
     skeleton = models.skeleton(base, trust_remote_code=trust)
     data = prepare(recipe, chat, objectives.get(recipe.objective.name), skeleton.dimensions.vocabulary)
-    _fit(data, base)
+    _fit(data, base, methods.get(recipe.method.name).traits(recipe.method).virtual_tokens)
     start = _adapter("method.init_from", recipe.method.init_from, recipe, skeleton)
     reference = _reference(recipe, skeleton)
     examples, steps = _extent(recipe, len(data.train))
@@ -67,15 +67,17 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     return Plan(recipe, output, base, skeleton, chat, data, counts, start, reference, examples, steps, warmup_steps)
 
 
-def _fit(data: Prepared, base: bases.Base) -> None:
-    """Refuse rows that are longer than the base has positions for."""
+def _fit(data: Prepared, base: bases.Base, virtual: int) -> None:
+    """Refuse rows that are longer than the base has positions for, beside so many virtual tokens."""
     settings = base.settings()
     known = [settings[key] for key in ("n_positions", "max_position_embeddings") if isinstance(settings.get(key), int)]
     for report in filter(None, (data.report, data.validation_report)):
-        if known and report.longest > min(known):
+        if known and report.longest > min(known) - virtual:
+            taken = f", {virtual} of them for virtual tokens" if virtual else ""
             raise DataError(
-                f"{report.name}: the longest row has {report.longest} tokens, the base has positions for {min(known)}; "
-                f"set data.max_length to at most that, and data.on_bad_row: skip to leave longer rows out"
+                f"{report.name}: the longest row has {report.longest} tokens, the base has positions for {min(known)}"
+                f"{taken}; set data.max_length to at most {min(known) - virtual}, and data.on_bad_row: skip to leave "
+                "longer rows out"
             )
 
 

@@ -101,7 +101,7 @@ def test_an_unknown_key_is_refused_in_every_block(block: str) -> None:
         ("method.target_modules=[q, 1]", "method.target_modules.1 is 1; text is meant (put it in quotes)"),
         ("method=lora", "method.name is missing: one of "),
         ("method.name=lroa", "method.name: there is no method 'lroa'; did you mean lora?"),
-        ("method.name=[a]", "method.name: there is no method ['a']; there is bitfit, "),
+        ("method.name=[a]", "method.name: there is no method ['a']; there is " + ", ".join(methods.names())),
         ("model=x", "model is 'x'; a mapping is meant"),
         ("train=[1]", "train is [1]; a mapping is meant"),
         ("data.train=", "data.train is null; text is meant"),

@@ -42,6 +42,7 @@ class Traits(NamedTuple):
     foldable: bool = True  # the change fits into the plain weights
     needs_cache: bool = False  # serves keys and values: no gradient checkpointing, needs an attention cache to generate
     low_rank: bool = False
+    virtual_tokens: int = 0  # positions that are taken before a row's first token
 
 
 class Counted(NamedTuple):

@@ -86,7 +86,7 @@ METHOD = Method(
     summary="embeddings before those of the tokens, made by a trained encoder",
     paper="https://arxiv.org/abs/2103.10385",
     config=PTuningConfig,
-    traits=lambda config: Traits(starts_as_identity=False, foldable=False),
+    traits=lambda config: Traits(starts_as_identity=False, foldable=False, virtual_tokens=config.num_virtual_tokens),
     count=_count,
     attach=_attach,
     exchange=_exchange,

@@ -94,7 +94,9 @@ METHOD = Method(
     summary="trained keys and values before the first token, in every layer",
     paper="https://arxiv.org/abs/2101.00190",
     config=PrefixConfig,
-    traits=lambda config: Traits(starts_as_identity=False, foldable=False, needs_cache=True),
+    traits=lambda config: Traits(
+        starts_as_identity=False, foldable=False, needs_cache=True, virtual_tokens=config.num_virtual_tokens
+    ),
     count=_count,
     attach=_attach,
     exchange=_exchange,

@@ -47,7 +47,7 @@ METHOD = Method(
     summary="trained embeddings before those of the tokens",
     paper="https://arxiv.org/abs/2104.08691",
     config=PromptConfig,
-    traits=lambda config: Traits(starts_as_identity=False, foldable=False),
+    traits=lambda config: Traits(starts_as_identity=False, foldable=False, virtual_tokens=config.num_virtual_tokens),
     count=_count,
     attach=_attach,
     exchange=_exchange,
