@@ -39,6 +39,7 @@ class Batch:
     roles: tuple[str, ...]
     examples: tuple[int, ...]
     rows: tuple[Row, ...]
+    trimmed: bool = False  # whether what follows a row's last source is left out
 
     def __len__(self) -> int:
         """Number of tokens that are computed."""
@@ -75,22 +76,27 @@ class Batch:
         """The rows of these roles alone; what they share at their start is computed once if that was so before."""
         kept = [row for row in self.rows if row.role in roles]
         shared = any(len(path) > 1 for path in self.paths)
-        return build(kept, share="all" if shared else "none").to(self.ids.device)
+        return build(kept, share="all" if shared else "none", trim=self.trimmed).to(self.ids.device)
 
     def behind(self, length: int, share: str = "all") -> Batch:
         """The same rows and labels, each row behind so many placeholders (id 0) for tokens that have none."""
         before = (0,) * length
         # a row's first token is predicted by nothing, and stays so
         rows = [Row(before + r.ids, (0.0,) * (length + 1) + r.weights[1:], r.example, r.role) for r in self.rows]
-        return build(rows, share=share).to(self.ids.device)
+        return build(rows, share=share, trim=self.trimmed).to(self.ids.device)
 
     def unshared(self) -> Batch:
         """The same rows, each a tree of its own."""
         return build(self.rows, share="none").to(self.ids.device)
 
 
-def build(rows: Sequence[Row], share: str = "all") -> Batch:
-    """The forest of some rows. `share`: `all`, or `none` for one tree a row."""
+def build(rows: Sequence[Row], share: str = "all", trim: bool = False) -> Batch:
+    """The forest of some rows. `share`: `all`, or `none` for one tree a row.
+
+    `trim`: leave out the tokens that no label is predicted from or through, the last label itself among them. Only
+    where attention is causal is nothing lost by it; the tokens of a row are then no longer all on its path.
+    """
+    whole, rows = rows, [_trimmed(row) for row in rows] if trim else rows
     segments: list[tuple[int, tuple[int, ...], int]] = []  # parent, ids, position of the first token
     paths: list[list[int]] = [[] for _ in rows]
     if share == "none":
@@ -106,12 +112,18 @@ def build(rows: Sequence[Row], share: str = "all") -> Batch:
         positions=torch.tensor([p + k for _, ids, p in segments for k in range(len(ids))], dtype=torch.long),
         segment=torch.tensor([s for s, (_, ids, _) in enumerate(segments) for _ in ids], dtype=torch.long),
         parent=torch.tensor([parent for parent, _, _ in segments], dtype=torch.long),
-        labels=_labels(rows, [[starts[s] + k for s in p for k in range(len(segments[s][1]))] for p in paths]),
+        labels=_labels(whole, [[starts[s] + k for s in p for k in range(len(segments[s][1]))] for p in paths]),
         paths=tuple(map(tuple, paths)),
-        roles=tuple(row.role for row in rows),
-        examples=tuple(row.example for row in rows),
-        rows=tuple(rows),
+        roles=tuple(row.role for row in whole),
+        examples=tuple(row.example for row in whole),
+        rows=tuple(whole),
+        trimmed=trim,
     )
+
+
+def _trimmed(row: Row) -> Row:
+    last = next((k for k in range(len(row.ids) - 1, 0, -1) if row.weights[k]), 1)
+    return Row(row.ids[:last], row.weights[:last], row.example, row.role)
 
 
 def _grow(

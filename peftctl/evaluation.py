@@ -34,8 +34,9 @@ def evaluate(
     config = objective.config(name=objective.name)
     vocabulary = opened.found.skeleton.dimensions.vocabulary
     dataset, report = load(file, opened.chat, objective, config, max_length=max_length, vocabulary=vocabulary)
-    padded = opened.policy.layout.name == "padded"
-    batches = _watched(each_once(dataset, padded=padded), len(dataset), progress)
+    layout = opened.policy.layout.name
+    parts = each_once(dataset, padded=layout == "padded", trim=layout == "shared")
+    batches = _watched(parts, len(dataset), progress)
     found = measure(Question(objective, config, opened.policy), batches, device_of(opened.policy.model))
     assert found is not None  # `load` refuses a file without rows
     loss = found.pop("loss")

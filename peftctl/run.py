@@ -229,6 +229,7 @@ def _batches(planned: Plan, policy: Policy) -> Batches:
         seed=settings.seed,
         share=data.share_starts,
         padded=policy.layout.name == "padded",
+        trim=policy.layout.name == "shared",  # what can share starts is causal
         total=planned.examples,
         validation=planned.data.validation,
     )

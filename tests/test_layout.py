@@ -42,6 +42,30 @@ def test_the_layout_found_serves(name: str) -> None:
             torch.testing.assert_close(hidden, alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
 
 
+@pytest.mark.parametrize("share", ["all", "none"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "mixtral"])
+def test_what_follows_the_last_source_is_of_no_use(name: str, share: str) -> None:
+    from peftctl.head import head_of
+
+    model = tiny(name)
+    uneven = [Row(row.ids, (0.0,) * 3 + (1.0,) * (len(row.ids) - 3 - n) + (0.0,) * n) for n, row in enumerate(rows())]
+    uneven.append(Row((7, 8, 9), (0.0, 0.0, 0.0)))  # nothing to learn from
+    found, computed = [], []
+    for trim in (False, True):
+        bias = torch.nn.Parameter(torch.zeros(skeleton(model).dimensions.hidden))
+        handle = model.get_input_embeddings().register_forward_hook(lambda m, a, y, bias=bias: y + bias)
+        batch = build(uneven, share=share, trim=trim)
+        stats = Policy(model, Attachment(), Layout("shared"), head_of(model)).tokens(batch)
+        (stats.logprob * torch.arange(len(stats.logprob))).sum().backward()
+        handle.remove()
+        found.append((stats.logprob.detach(), bias.grad))
+        computed.append(len(batch))
+        assert batch.real_tokens == sum(len(row.ids) for row in uneven)
+    assert computed[0] - computed[1] >= sum(n + 1 for n in range(len(rows()))) - (2 if share == "all" else 0)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 def test_all_layouts_give_the_same_labels_and_gradients(name: str) -> None:
     from peftctl.head import head_of

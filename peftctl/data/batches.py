@@ -21,6 +21,7 @@ class Batches:
 
     `bucket`: steps whose examples are sorted together. `total`: examples after which the run ends; None for no end.
     `share`: whether what rows share at their start is computed once. `padded`: whether rows are laid out as rectangles.
+    `trim`: whether a row ends with its last source, which is for causal attention.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Batches:
         seed: int = 0,
         share: bool = True,
         padded: bool = False,
+        trim: bool = False,
         total: int | None = None,
         validation: Dataset | None = None,
     ) -> None:
@@ -47,6 +49,7 @@ class Batches:
         self.seed = seed
         self.share = share
         self.padded = padded
+        self.trim = trim
         self.total = total
 
     def step(self, position: int) -> tuple[list[Batch], int]:
@@ -55,7 +58,8 @@ class Batches:
         count = self.per_step if self.total is None else max(0, min(self.per_step, self.total - position))
         chosen = examples(position, count, len(self.train), self.seed, self.buckets)
         parts = [[chosen[place] for place in part] for part in self._parts([self.sizes[i] for i in chosen])]
-        return [build(self.train.rows(part), share=_share(self.share)) for part in parts], position + count
+        share = _share(self.share)
+        return [build(self.train.rows(part), share=share, trim=self.trim) for part in parts], position + count
 
     def _parts(self, sizes: list[int]) -> packing.Parts:
         if self.tokens is not None:
@@ -75,13 +79,15 @@ class Batches:
     def evaluation(self) -> Iterator[Batch]:
         """The held-out examples; nothing when there are none."""
         if self.validation is not None:
-            yield from each_once(self.validation, self.share, self.padded)
+            yield from each_once(self.validation, self.share, self.padded, self.trim)
 
 
-def each_once(dataset: Dataset, share: bool = True, padded: bool = False, tokens: int = EVALUATED) -> Iterator[Batch]:
+def each_once(
+    dataset: Dataset, share: bool = True, padded: bool = False, trim: bool = False, tokens: int = EVALUATED
+) -> Iterator[Batch]:
     """All examples of a dataset, in order unless they are padded; `tokens`: the most in a batch of several."""
     for part in packing.in_order(dataset.sizes(padded), tokens, padded):
-        yield build(dataset.rows(part), share=_share(share))
+        yield build(dataset.rows(part), share=_share(share), trim=trim)
 
 
 def _share(share: bool) -> str:

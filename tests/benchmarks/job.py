@@ -34,6 +34,7 @@ def prepared(path: Path, overrides: Sequence[str]) -> Prepared:
         tokens=settings.tokens_per_batch,
         bucket=wanted.data.bucket,
         seed=settings.seed,
+        trim=True,
         share=wanted.data.share_starts,
     )
     steps, position = [], 0
