@@ -226,6 +226,13 @@ def test_judged_answers_get_anothers_within_their_own_side_of_the_split(here, ch
             )
 
 
+def test_the_seed_deals_the_answers_out(here, chat):
+    write(here, *[judged(f"question {i}", f"answer {i}", True) for i in range(12)])
+    dealt = [prepare(recipe(JUDGED, seed=seed), chat, KTO).train.examples for seed in (0, 1)]
+    one, other = ([[rows[k] for rows in examples] for k in (0, 1)] for examples in dealt)
+    assert one[0] == other[0] and one[1] != other[1]
+
+
 def learnt(chat, row) -> str:
     return chat.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w], special=True)
 
