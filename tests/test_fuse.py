@@ -108,6 +108,18 @@ def test_what_is_not_one_product_of_two_parameters_goes_on(name: str, keys: dict
     assert near(fused[0], logprob) and all(near(a, b) for a, b in zip(fused[1], gradients, strict=True))
 
 
+@pytest.mark.parametrize("init", ["pissa", "orthogonal"])
+def test_a_start_that_is_taken_away_leaves_the_base_under_the_fused_kernels_too(init: str) -> None:
+    model = frozen(tiny("llama"))
+    found = methods.get("lora")
+    attachment = attach(model, found, found.config(name="lora", rank=4, init=init), 0)
+    made = policy_of(model, attachment, 2)
+    made.fuse(pack=True)
+    with attachment.disabled():
+        base = made.tokens(batch()).logprob
+    assert torch.equal(made.tokens(batch()).logprob, base)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_off_is_the_base_under_the_same_kernels_and_removal_leaves_nothing(name: str) -> None:
     bare = policy_of(frozen(tiny(name)), None, skeleton(tiny(name)).dimensions.layers)

@@ -87,6 +87,16 @@ def test_a_bf16_base_starts_as_it_is_and_trains_in_fp32() -> None:
         assert torch.equal(contract.answer(model, attachment), changed)
 
 
+def test_a_magnitude_counts_over_a_bf16_base() -> None:
+    """1.0035 is 1 in bfloat16; what it adds to an output is not nothing there."""
+    _, attachment = contract.attached(dora(target_modules=["q_proj"], layers=[0]), "llama")
+    (delta,) = attachment.deltas
+    y = (1 + torch.rand(5, 32, generator=torch.Generator().manual_seed(0))).bfloat16()
+    with torch.no_grad():
+        delta.magnitude.mul_(1.0035)
+        assert delta(torch.zeros(5, 32).bfloat16(), y).ne(y).any()
+
+
 def test_counts_by_hand() -> None:
     table = skeleton(tiny("llama"))
     assert METHOD.count(table, dora(target_modules=["q_proj"])).total == 2 * (4 * (32 + 32) + 32)

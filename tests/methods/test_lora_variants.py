@@ -59,6 +59,19 @@ def test_what_it_started_from_is_frozen_saved_and_stored_as_plain(init: str) -> 
     assert {tuple(t.shape) for t in tensors.values()} == {(8, 32), (32, 8)}
 
 
+def test_a_start_that_is_taken_away_costs_no_precision() -> None:
+    """In bfloat16 the change is as exact as the small numbers that were learnt, not as the large ones it began with."""
+    config = lora(init="pissa", target_modules=["down_proj"])
+    _, attachment = contract.attached(config, "llama")
+    with torch.no_grad():
+        for parameter in attachment.trainable().values():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=1e-4)
+    x, zero = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)), torch.zeros(5, 32)
+    for delta in attachment.deltas:
+        exact, rounded = delta(x, zero).detach(), delta(x.bfloat16(), zero.bfloat16()).detach()
+        assert float((rounded.float() - exact).norm()) < 0.02 * float(exact.norm())
+
+
 def test_the_scale_survives_a_larger_rank() -> None:
     for stabilized in (False, True):
         config = lora(init="pissa", rank_stabilized=stabilized, alpha=5.0, rank_pattern={"q_proj": 2})

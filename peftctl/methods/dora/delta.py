@@ -40,9 +40,10 @@ class Decomposed(Delta):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         bias = self.base[1]
         change = applied(functional.dropout(x, self.dropout, self.training), self.a, self.b)
-        ratio = (self.magnitude / self._norm(self._changed_squares())).to(y.dtype)
-        # the bias is not part of the weight, so it is not scaled
-        return y + (ratio - 1) * (y if bias is None else y - bias) + (ratio * self.scale) * change
+        ratio = self.magnitude / self._norm(self._changed_squares())
+        without_bias = y if bias is None else y - bias  # the bias is not part of the weight, so it is not scaled
+        # the difference from 1 is small: taken before it is rounded to the type of y
+        return y + (ratio - 1).to(y.dtype) * without_bias + (ratio * self.scale).to(y.dtype) * change
 
     @torch.no_grad()  # section 4.3: the norm is a constant to the gradient
     def _changed_squares(self) -> Tensor:

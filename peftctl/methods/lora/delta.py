@@ -49,16 +49,17 @@ class LowRank(Delta):
         return y + self.change(x)
 
     def change(self, x: Tensor) -> Tensor:
-        x = functional.dropout(x, self.dropout, self.training)
-        out = applied(x, self.a, self.b)
-        # one after the other, not as one product of twice the rank: so they cancel to the last bit at the start
-        return (out if self.a0 is None or self.b0 is None else out - applied(x, self.a0, self.b0)) * self.scale
+        return applied(functional.dropout(x, self.dropout, self.training), *self.factors()) * self.scale
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The change over the scale as one product."""
+        """The change over the scale as one product.
+
+        B A - B0 A0 as B (A - A0) + (B - B0) A0: the differences are small and taken in the factors' own precision,
+        so nothing cancels after rounding, and at the start the change is 0 exactly.
+        """
         if self.a0 is None or self.b0 is None:
             return self.a, self.b
-        return torch.cat([self.a, self.a0]), torch.cat([self.b, -self.b0], dim=1)
+        return torch.cat([self.a - self.a0, self.a0]), torch.cat([self.b, self.b - self.b0], dim=1)
 
     def product(self) -> Product | None:
         return Product(*self.factors(), self.scale, self.dropout)

@@ -58,9 +58,11 @@ def _plain(one: Place, tensors: Mapping[str, Any]) -> tuple[Any, Any]:
     path, below, beside = one.module.path, [], []
     for name, rows in one.parts.items() or {"": None}.items():
         at = f"{path}.{name}." if name else f"{path}."
-        pairs = [(tensors[f"{at}a"], tensors[f"{at}b"])]
+        a, b = tensors[f"{at}a"], tensors[f"{at}b"]
+        pairs = [(a, b)]
         if f"{at}a0" in tensors:
-            pairs.append((tensors[f"{at}a0"], -tensors[f"{at}b0"]))
+            a0, b0 = tensors[f"{at}a0"], tensors[f"{at}b0"]
+            pairs = [(a - a0, b), (a0, b - b0)]  # as the delta computes it: nothing large cancels
         for a, b in pairs:
             below.append(a)
             wide = b if rows is None else b.new_zeros(one.module.out_features, b.shape[1])
