@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftctl.kernels.linear import Product, linears
 from peftctl.kernels.matrix import matrix, packable
-from peftctl.kernels.mlp import gated
+from peftctl.kernels.mlp import gated, slope_of
 from peftctl.kernels.norm import rms_norm
 from peftctl.methods.attachment import Attachment, Delta
 from peftctl.surgery import device_of, kind_of
@@ -100,6 +100,8 @@ def _gated_forward(module: nn.Module, places: Places) -> Callable[[Tensor], Tens
     others = [child for child in module.children() if child not in places]
     if len(linear) != 3 or len(others) > 1 or any(_watched(child) for child in module.children()):
         return None
+    if any(list(child.parameters()) for child in others):
+        return None
     activation = others[0] if others else getattr(module, "act_fn", None)
     (pair, _), (same, _), (last, _) = (places[child] for child in linear)
     if not callable(activation) or pair is not same or len(pair.deltas) != 2 or len(last.deltas) != 1:
@@ -114,11 +116,13 @@ def _gated_forward(module: nn.Module, places: Places) -> Callable[[Tensor], Tens
 def _gated(
     pair: Siblings, last: Siblings, order: tuple[int, int], activation: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
+    slope = slope_of(activation)
+
     def forward(x: Tensor) -> Tensor:
         matrices = [*(pair.matrices[i] for i in order), *last.matrices]
         products = pair.products()
         both = [*(products[i] for i in order), *last.products()]
-        return gated(x, matrices, both, activation, pair.training or last.training)
+        return gated(x, matrices, both, activation, slope, pair.training or last.training)
 
     return forward
 
