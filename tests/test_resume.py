@@ -61,8 +61,10 @@ def test_stopped_after_every_step_equals_never_stopped(method: str, objective: s
         {"train": {"max_steps": None, "epochs": 2}},  # the last step is smaller
         {"train": {"tokens_per_batch": 160}, "data": {"bucket": 2}, "method": {"dropout": 0.1}},
         {"model": {"layout": "padded"}, "data": {"bucket": 1}},
+        {"method": {"init": "pissa", "lr_ratio": 4.0, "dropout": 0.1}},
+        {"model": GPT2, "method": {"target_modules": ["c_attn.q", "c_attn.v"], "bias": "all"}},
     ],
-    ids=["dropout", "gpt2", "few", "sgd", "adafactor", "recomputed", "epochs", "packed", "padded"],
+    ids=["dropout", "gpt2", "few", "sgd", "adafactor", "recomputed", "epochs", "packed", "padded", "pissa", "parts"],
 )
 def test_what_else_a_run_may_draw_on_is_kept(blocks: dict[str, Any], tmp_path: Path) -> None:
     contents = runs.document(**blocks)
