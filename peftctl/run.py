@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from peftctl import base as bases
-from peftctl import checkpoint, methods, objectives, optim, reuse, signals
+from peftctl import checkpoint, methods, objectives, optim, remembered, reuse, signals
 from peftctl import model as models
 from peftctl.adapter import attach
 from peftctl.checkpoint import Progress, State
@@ -29,6 +29,7 @@ from peftctl.policy import Policy, Reference, checkpointed, frozen_copy
 from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
 from peftctl.reference import reference_of
+from peftctl.remembered import Remembered
 from peftctl.report import Log, Sink, display, read, tee, truncate
 from peftctl.reuse import Reuse
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
@@ -64,14 +65,16 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
         planned = _with_weights(planned, folder)
         training = _load(planned, folder, state, options)
         batches = _batches(planned, training.policy)
-        kept = _reuse(planned, training.policy, batches, folder, shown.notice)
+        kept = _kept(planned, training, batches, folder, shown.notice)
         folder.record(planned, training.policy.layout, _choices(training, kept), random_base)
-        if kept is not None and not kept.fill(stop, shown.notice):
-            kept = None
-            folder.record(planned, training.policy.layout, _choices(training, kept), random_base)
+        filled = [one for one in kept if one.fill(stop, shown.notice)]
+        if len(filled) < len(kept):
+            folder.record(planned, training.policy.layout, _choices(training, filled), random_base)
         log = folder.path / "metrics.jsonl"
         truncate(log, training.progress.step)
-        with Log(log) as lines, nullcontext() if kept is None else kept.served():
+        with Log(log) as lines, ExitStack() as serving:
+            for one in filled:
+                serving.enter_context(one.served())
             job = _job(planned, folder, training, batches, lines, shown, stop)
             progress, shares = _followed(folder, job, training.progress, options.profile, shown.notice)
         written = _write(planned, folder, training)
@@ -121,7 +124,7 @@ def _with_weights(planned: Plan, folder: RunFolder) -> Plan:
     return planned._replace(base=bases.resolve(str(target.resolve())))
 
 
-def _choices(training: Training, kept: Reuse | None) -> dict[str, Any]:
+def _choices(training: Training, kept: Sequence[Reuse | Remembered]) -> dict[str, Any]:
     """What was decided without being asked."""
     parameter = next(training.policy.model.parameters())
     return {
@@ -129,7 +132,8 @@ def _choices(training: Training, kept: Reuse | None) -> dict[str, Any]:
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "packed": training.policy.packed,
-        "frozen_blocks": 0 if kept is None else kept.frozen.count,
+        "frozen_blocks": sum(one.frozen.count for one in kept if isinstance(one, Reuse)),
+        "remembered_reference": any(isinstance(one, Remembered) for one in kept),
     }
 
 
@@ -235,15 +239,20 @@ def _batches(planned: Plan, policy: Policy) -> Batches:
     )
 
 
-def _reuse(
-    planned: Plan, policy: Policy, batches: Batches, folder: RunFolder, notice: Callable[[str], None]
-) -> Reuse | None:
-    """What the frozen blocks answer, where it is kept."""
-    settings = planned.recipe.train
-    if not settings.cache_frozen:
-        return None
-    chosen = folder.choice("frozen_blocks")
-    return reuse.plan(policy, batches, planned.steps, planned.base, fused=settings.fuse, chosen=chosen, notice=notice)
+def _kept(
+    planned: Plan, training: Training, batches: Batches, folder: RunFolder, notice: Callable[[str], None]
+) -> list[Reuse | Remembered]:
+    """What is computed once and kept: the reference's log-probabilities, what the frozen blocks answer."""
+    settings, found = planned.recipe.train, list[Reuse | Remembered | None]()
+    steps, base, fused = planned.steps, planned.base, settings.fuse
+    if settings.cache_reference and training.reference is not None:
+        chosen = folder.choice("remembered_reference")
+        reference = training.reference
+        found.append(remembered.plan(reference, batches, steps, base, fused=fused, chosen=chosen, notice=notice))
+    if settings.cache_frozen:
+        blocks = folder.choice("frozen_blocks")
+        found.append(reuse.plan(training.policy, batches, steps, base, fused=fused, chosen=blocks, notice=notice))
+    return [one for one in found if one is not None]
 
 
 def _job(

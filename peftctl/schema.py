@@ -83,6 +83,9 @@ class TrainConfig(Block):
         None,
         description="keep copies of the matrices as the CPU multiplies fastest; null: for float32, where memory allows",
     )
+    cache_reference: bool = Field(
+        True, description="compute the reference's log-probabilities once, where a run sees rows more than once"
+    )
     cache_frozen: bool = Field(
         True,
         description="keep on disk what the blocks below the lowest delta answer, instead of computing it each time",

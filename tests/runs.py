@@ -18,7 +18,13 @@ from peftctl.plan import Options
 from peftctl.schema import Recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-DATA = {"sft": "messages.jsonl", "dpo": "preference.jsonl", "orpo": "preference.jsonl", "kto": "unpaired.jsonl"}
+DATA = {
+    "sft": "messages.jsonl",
+    "dpo": "preference.jsonl",
+    "ipo": "preference.jsonl",
+    "orpo": "preference.jsonl",
+    "kto": "unpaired.jsonl",
+}
 # what a method needs on a base without biases
 BLOCKS: dict[str, dict[str, Any]] = {
     "bitfit": {"add_missing": True},

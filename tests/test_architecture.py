@@ -22,7 +22,20 @@ LAYERS = [
     ["model", "adapter", "checkpoint", "counting", "generation", "merge", "opened", "optim", "report", "signals"],
     ["states", "frozen"],
     ["trainer"],
-    ["plan", "run_folder", "evaluation", "proof", "merging", "penalty", "profile", "reference", "reuse", "run"],
+    [
+        "plan",
+        "run_folder",
+        "evaluation",
+        "kept",
+        "remembered",
+        "proof",
+        "merging",
+        "penalty",
+        "profile",
+        "reference",
+        "reuse",
+        "run",
+    ],
     ["commands", "cli"],
 ]
 TORCH_FREE = ["errors", "row", "skeleton", "qkv", "recipe", "base", "model", "cli", "methods", "objectives", "data"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from peftctl import reuse, run
+from peftctl import kept, reuse, run
 from peftctl.errors import Stopped
 from peftctl.plan import Options
 from peftctl.policy import Policy
@@ -21,7 +21,7 @@ from peftctl.states import Store
 from tests import runs
 
 # 6 steps, of which some span two epochs
-EPOCHS = {"max_steps": None, "epochs": 3, "save_every": 1, "keep": 9, "pack_weights": False}
+EPOCHS = {"max_steps": None, "epochs": 3, "save_every": 1, "keep": 9, "pack_weights": False, "cache_reference": False}
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +254,7 @@ def test_base_dropout_forbids_it_and_a_notice_says_so(
     recipe = contents({"name": str(tmp_path / "gpt2.json")})
     recipe["method"] |= {"layers": [2], "target_modules": "all-linear"}
     _loudly(tmp_path / "run", recipe)
-    assert "2 frozen blocks are computed at every step: the base has dropout" in capsys.readouterr().err
+    assert "the lower 2 of 3 blocks are computed at every step: the base has dropout" in capsys.readouterr().err
     assert chosen(tmp_path / "run") == 0 and not cache.exists()
     recipe["train"] |= {"cache_frozen": False}
     runs.train(tmp_path / "never", recipe)
@@ -266,7 +266,7 @@ def test_without_room_or_rights_the_run_goes_on(
 ) -> None:
     runs.train(tmp_path / "plain", contents(deep, cache_frozen=False))
     with monkeypatch.context() as patch:
-        patch.setattr(reuse, "disk_usage", lambda path: namedtuple("Usage", "free")(4000))
+        patch.setattr(kept, "disk_usage", lambda path: namedtuple("Usage", "free")(4000))
         _loudly(tmp_path / "full", contents(deep))
     assert "4,000 free" in capsys.readouterr().err
     assert not cache.exists()
@@ -285,7 +285,7 @@ def test_what_was_used_longest_ago_goes_first(
     runs.train(tmp_path / "first", contents(deep))
     (first,) = cache.iterdir()
     size = sum(path.stat().st_size for path in first.iterdir())
-    monkeypatch.setattr(reuse, "LARGEST", size * 5 // 2)
+    monkeypatch.setattr(kept, "LARGEST", size * 5 // 2)
     runs.train(tmp_path / "second", contents(deep, seed=1))
     runs.train(tmp_path / "again", contents(deep))
     runs.train(tmp_path / "third", contents(deep, seed=2))
