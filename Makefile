@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv format format-check lint types unit test test-all demo demo-data bench-speed wheel clean
+.PHONY: help venv format format-check lint types unit test test-all demo demo-data bench-speed conformance wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -52,6 +52,9 @@ demo: demo-data ## The whole job on a real model: count, train, evaluate, merge,
 
 bench-speed: demo-data ## Measure the speed against TRL + peft; ARGS="--list" and others, see tests/benchmarks/speed.py
 	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
+
+conformance: venv ## Print published parameter counts beside ours
+	@$(BIN)/python -m tests.conformance
 
 wheel: venv ## Build the wheel into dist
 	$(BIN)/python -m build --wheel

@@ -156,6 +156,8 @@ def _judge(base: Base, trust_remote_code: bool) -> None:
     for key, sense in OTHER_SENSES.items():
         if key in settings:
             raise ModelError(f"{base.name} is {sense} model ({settings['model_type']}): only text models are served")
+    if settings.get("is_encoder_decoder"):  # transformers would build the decoder of some, alone
+        raise ModelError(f"{base.name} is an encoder-decoder ({settings['model_type']}): only decoders are served")
 
 
 def shrink(base: Base, vocabulary: int) -> Base:

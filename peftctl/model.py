@@ -116,7 +116,7 @@ def _from_config(base: Base, trust_remote_code: bool) -> Any:
     try:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        raise ModelError(f"{base.name} ({config.model_type}) is no causal language model: {_line(error)}") from None
+        raise ModelError(f"{base.name} ({config.model_type}) cannot be built: {_line(error)}") from None
 
 
 def empty(base: Base, *, trust_remote_code: bool = False) -> Any:
@@ -165,4 +165,6 @@ def _stored(base: Base, dtype: torch.dtype | str, trust_remote_code: bool) -> An
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    said = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    unserved = said.startswith("Unrecognized configuration class")
+    return "it is no causal language model, and others are not served" if unserved else said
