@@ -23,7 +23,9 @@ from peftctl.run_folder import peak_memory_bytes
 from peftctl.surgery import device_of
 
 SMALL = 2_000_000_000  # parameters up to which the proof computes in fp32
-BROKEN = 0.1  # of the largest logit: rounding stays far below
+# of the logits' norm: with every weight rounded to bfloat16 it was 0.03, though single logits were off by 0.13 of the
+# largest
+BROKEN = 0.1
 
 
 def merge(
@@ -80,11 +82,9 @@ def _difference(found: Found, output: Path, trust_remote_code: bool) -> tuple[fl
     dtype = "float32" if found.skeleton.parameters() <= SMALL else "auto"
     expected = _logits(found, dtype, trust_remote_code)
     merged = Found(bases.resolve(str(output)), found.skeleton, None, found.tokenizer)
-    difference, largest = (
-        float((_logits(merged, dtype, trust_remote_code) - expected).abs().max()),
-        float(expected.abs().max()),
-    )
-    if not difference <= BROKEN * largest:
+    error = _logits(merged, dtype, trust_remote_code) - expected
+    difference, largest = float(error.abs().max()), float(expected.abs().max())
+    if not float(error.norm()) <= BROKEN * float(expected.norm()):
         raise PeftctlError(f"{output} does not answer as base and adapter do: its logits differ by {difference:.2g}")
     return difference, largest
 
