@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peftctl.row import Row
 from tests.benchmarks.job import Prepared, prepared
 
 SORTED = {"train_sampling_strategy": "group_by_length"}  # the same rows in another order, with less padding
@@ -22,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "by length": SORTED,
     "by length, eager": SORTED,  # attention as plain products, where a CPU's fused one may be slower
     "by length, autocast": {**SORTED, "bf16": True},  # the adapters' products in bf16 too: the trainer's default
+    "in order, autocast": {**IN_ORDER, "bf16": True},
     "padding-free": {**IN_ORDER, "padding_free": True},  # needs flash attention, which CPUs do not have
     "unsloth": IN_ORDER,
 }
@@ -33,7 +35,7 @@ def train(job: Prepared, variant: str, output: Path) -> None:
         import unsloth  # noqa: F401  (first of all: it patches what is imported after it)
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTTrainer
+    from trl import DPOTrainer, SFTTrainer
 
     cuda = job.recipe.train.device == "cuda"
 
@@ -52,7 +54,12 @@ def train(job: Prepared, variant: str, output: Path) -> None:
 
     watch = Watch()
 
-    class Trainer(SFTTrainer):  # type: ignore[misc]
+    paired = job.recipe.objective.name == "dpo"
+
+    class Trainer(DPOTrainer if paired else SFTTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:
+            return dataset if paired else super()._prepare_dataset(dataset, *rest)  # pairs are encoded already
+
         def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
             mask = inputs.get("attention_mask")
             watch.tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
@@ -60,10 +67,14 @@ def train(job: Prepared, variant: str, output: Path) -> None:
 
     model, low_rank = _unsloth(job) if variant == "unsloth" else _peft(job, variant)
     rows = [row for step in job.steps for batch in step for row in batch.rows]
-    encoded = {
-        "input_ids": [list(row.ids) for row in rows],
-        "completion_mask": [[int(bool(weight)) for weight in row.weights] for row in rows],
-    }
+    encoded = (
+        _pairs(rows)
+        if paired
+        else {
+            "input_ids": [list(row.ids) for row in rows],
+            "completion_mask": [[int(bool(weight)) for weight in row.weights] for row in rows],
+        }
+    )
     trainer = Trainer(
         model=model,
         args=_arguments(job, VARIANTS[variant], output),
@@ -77,6 +88,17 @@ def train(job: Prepared, variant: str, output: Path) -> None:
     (output / "steps.json").write_text(json.dumps(watch.steps))
 
 
+def _pairs(rows: list[Row]) -> dict[str, list[list[int]]]:
+    """Chosen and rejected follow each other; the prompt is what comes before a row's first label."""
+    found: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    for row in rows:
+        start = next(k for k, weight in enumerate(row.weights) if weight)
+        found[f"{row.role}_ids"].append(list(row.ids[start:]))
+        if row.role == "chosen":
+            found["prompt_ids"].append(list(row.ids[:start]))
+    return found
+
+
 def _now(cuda: bool) -> float:
     if cuda:
         import torch
@@ -86,7 +108,7 @@ def _now(cuda: bool) -> float:
 
 
 def _arguments(job: Prepared, own: dict[str, Any], output: Path) -> Any:
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
     settings = job.recipe.train
     common: dict[str, Any] = {
@@ -102,7 +124,6 @@ def _arguments(job: Prepared, own: dict[str, Any], output: Path) -> Any:
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm or 0.0,
         "max_length": job.recipe.data.max_length,
-        "completion_only_loss": True,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "bf16": False,  # the weights are of the recipe's dtype already
         "use_cpu": settings.device != "cuda",
@@ -113,7 +134,9 @@ def _arguments(job: Prepared, own: dict[str, Any], output: Path) -> Any:
         "disable_tqdm": True,
         "seed": settings.seed,
     }
-    return SFTConfig(**common | own)
+    if job.recipe.objective.name == "dpo":
+        return DPOConfig(**common | own, beta=job.recipe.objective.beta)
+    return SFTConfig(**common | own, completion_only_loss=True)
 
 
 def _peft(job: Prepared, variant: str) -> tuple[Any, Any]:

@@ -13,12 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.benchmarks.workloads import HELD_OUT, RECIPE, ROOT, Workload
+from tests.benchmarks.workloads import HELD_OUT, PAIRS, ROOT, Workload
 
 WARM_UP = 2  # steps that are not counted: the first ones allocate memory and choose kernels
 PEFTCTL = ("-m", "peftctl.cli")
 OURS = "peftctl"
 PEERS = ("in order", "by length", "by length, eager", "by length, autocast")  # peer.py tells what they are
+PAIRED = ("in order", "in order, autocast")
 ON_CUDA = {"padding-free": "flash_attn", "unsloth": "unsloth"}  # and the package that each needs
 
 
@@ -45,7 +46,8 @@ class Measured(NamedTuple):
 def peers(workload: Workload, device: str) -> tuple[str, ...]:
     """The variants of the peer that can be run here."""
     half = "model.dtype=float32" not in workload.sets
-    own = [name for name in PEERS if half or "autocast" not in name]
+    sorts = workload.recipe != PAIRS  # its trainer for pairs does not sort by length
+    own = [name for name in (PEERS if sorts else PAIRED) if half or "autocast" not in name]
     if device == "cuda":
         own += [name for name, package in ON_CUDA.items() if find_spec(package)]
     return tuple(own)
@@ -68,10 +70,19 @@ def measured(
         output = Path(folder) / "run"
         if side == OURS:
             program = PEFTCTL if without is None else ("-m", "tests.benchmarks.without", without)
-            command = [*program, "train", str(RECIPE), *words, "--output", str(output), "--no-verify", "--quiet"]
+            command = [
+                *program,
+                "train",
+                str(workload.recipe),
+                *words,
+                "--output",
+                str(output),
+                "--no-verify",
+                "--quiet",
+            ]
         else:
             own = ["--variant", side, "--output", str(output)]
-            command = ["-m", "tests.benchmarks.peer", str(RECIPE), *words, *own]
+            command = ["-m", "tests.benchmarks.peer", str(workload.recipe), *words, *own]
         seconds, peak, _ = run(command, setting.threads)
         steps = _steps(output)
         adapter = output / "adapter" if side == OURS else output
@@ -86,7 +97,7 @@ def ceiling(workload: Workload, setting: Setting) -> dict[str, Any]:
     """What roofline.py says of a workload: operations of each step, and how fast the machine multiplies."""
     words = _set(workload.overrides(setting.steps, setting.device))
     found: dict[str, Any] = json.loads(
-        run(["-m", "tests.benchmarks.roofline", str(RECIPE), *words], setting.threads)[2]
+        run(["-m", "tests.benchmarks.roofline", str(workload.recipe), *words], setting.threads)[2]
     )
     return found
 

@@ -1,7 +1,7 @@
 """How fast peftctl trains, against TRL + peft and against the machine.
 
 Usage: python -m tests.benchmarks.speed [--workload NAME]... [--rounds N] [--steps N] [--threads N] [--device D]
-       python -m tests.benchmarks.speed --list | --growth | --ablation
+       python -m tests.benchmarks.speed --peer WAY ... | --list | --growth | --ablation
 
 Each side is a process of its own, in turn, round after round; who begins changes from round to round. Both get the
 same encoded rows with the same labels in the same order, the same rank, optimizer, rate, dtype and threads. The peer
@@ -51,8 +51,9 @@ class Comparison(NamedTuple):
         return {"workload": self.workload.name, "rounds": rounds, "gemm_share": self.share(), **self.ceiling}
 
 
-def compare(workload: Workload, setting: Setting, rounds: int) -> Comparison:
-    variants, done = peers(workload, setting.device), []
+def compare(workload: Workload, setting: Setting, rounds: int, peer: str | None = None) -> Comparison:
+    """`peer`: the one way of the peer to measure, where an earlier run has told the fastest."""
+    variants, done = (peer,) if peer is not None else peers(workload, setting.device), []
     for number in range(1, rounds + 1):
         sides = [OURS, *variants] if number % 2 else [*variants, OURS]
         found = {side: _shown(number, workload, measured(side, workload, setting)) for side in sides}
@@ -154,7 +155,7 @@ def main() -> None:
     for workload in filter(fits, map(WORKLOADS.__getitem__, names)):
         own = setting._replace(steps=min(given.steps, workload.steps or given.steps))
         studies.prepare([workload], own)
-        comparisons.append(compare(workload, own, given.rounds))
+        comparisons.append(compare(workload, own, given.rounds, given.peer))
     print(f"\n{table(comparisons)}")
     if given.output:
         documents = [comparison.document() for comparison in comparisons]
@@ -167,6 +168,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="the workloads there are")
     parser.add_argument("--growth", action="store_true", help="our own time against the size of the job")
     parser.add_argument("--ablation", action="store_true", help="our own time with each switch off")
+    parser.add_argument("--peer", metavar="WAY", help="of the peer's ways this one alone, as the table names it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help=f"of which the first {WARM_UP} do not count")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

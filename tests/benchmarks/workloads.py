@@ -8,6 +8,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 MATERIALS = ROOT / ".cache" / "peftctl" / "bench"
 RECIPE = ROOT / "recipes" / "smollm2-lora.yaml"  # SmolLM2-135M, LoRA of rank 16 on every linear, 8 dialogues a step
+PAIRS = ROOT / "recipes" / "smollm2-dpo.yaml"  # the same under DPO, 4 pairs a step
 HELD_OUT = ROOT / ".cache" / "peftctl" / "dialogues" / "heldout.jsonl"
 
 # the same for both sides: no rate that changes, for the two schedules count their steps differently
@@ -29,6 +30,7 @@ class Workload(NamedTuple):
     materials: tuple[str, ...] = ()
     steps: int | None = None  # at most so many
     memory: int = 12_000_000_000  # bytes that the hungrier side may take
+    recipe: Path = RECIPE
     held_out: bool = True  # whether a loss says anything: of random weights it does not
 
     def overrides(self, steps: int, device: str) -> list[str]:
@@ -58,6 +60,10 @@ WORKLOADS = {
         Workload("rank4", "as short, rank 4", ("method.rank=4", "method.alpha=8")),
         Workload("rank64", "as short, rank 64", ("method.rank=64", "method.alpha=128")),
         Workload("q_proj", "as short, LoRA on q_proj alone", ("method.target_modules=[q_proj]",)),
+        Workload("dpo", "real preference pairs, 4 a step, bf16", recipe=PAIRS, held_out=False),
+        Workload(
+            "dpo-unshared", "the same, nothing shared", ("data.share_starts=false",), recipe=PAIRS, held_out=False
+        ),
         Workload(
             "llama-1b",
             "random weights of a 1.1B Llama, 8 dialogues a step",
