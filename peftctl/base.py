@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from peftctl.errors import ModelError
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 SMALL = ["config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt", "special_tokens*"]
+Need = Literal["config", "tokenizer", "weights"]  # what is asked of a base; each includes the one before it
+FILES: dict[Need, list[str]] = {"config": ["config.json"], "tokenizer": SMALL, "weights": SMALL + WEIGHTS}
 SAMPLE = 1 << 20  # bytes at either end of a weight file
 # what makes a model more than text: refused by name, as no method here knows where to sit in it
 OTHER_SENSES = {"vision_config": "a vision-language", "audio_config": "an audio", "speech_config": "a speech"}
@@ -47,22 +49,27 @@ def resolve(
     revision: str | None = None,
     tokenizer: str | None = None,
     *,
-    with_weights: bool = True,
+    need: Need = "weights",
     trust_remote_code: bool = False,
 ) -> Base:
-    """The base of that name, fetched or converted if need be. Raises ModelError in one line that says what to do."""
+    """The base of that name, with as much as is needed of it fetched or converted.
+
+    Raises ModelError in one line that says what to do.
+    """
     path = Path(name).expanduser()
     if name.endswith(".json"):
         base = Base(name, None, _existing(path), None, None)
+    elif name.endswith(".gguf") and need == "config":
+        base = Base(name, None, _described(_existing(path)), None, None)
     elif name.endswith(".gguf"):
         folder = _converted(_existing(path))
         base = Base(name, None, folder / "config.json", folder, folder)
     elif path.is_dir():
-        base = _folder(name, path, None, with_weights)
+        base = _folder(name, path, None, need)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no folder {name}")
     else:
-        base = _hub(name, revision, with_weights)
+        base = _hub(name, revision, need)
     if tokenizer is not None:
         base = base._replace(tokenizer=_existing(Path(tokenizer)))
     _judge(base, trust_remote_code)
@@ -92,25 +99,46 @@ def _converted(gguf: Path) -> Path:
     """A GGUF base as a plain folder, converted once and kept."""
     from peftctl.formats.gguf import convert
 
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
+    folder = cache_folder() / "gguf" / _kept_as(gguf)
     if not folder.exists():
         convert(gguf, folder)
     return folder
 
 
-def _folder(name: str, folder: Path, revision: str | None, with_weights: bool) -> Base:
+def _described(gguf: Path) -> Path:
+    """The config that a GGUF file's header means, read once and kept."""
+    from peftctl.formats.gguf import architecture
+
+    path = cache_folder() / "gguf-configs" / f"{_kept_as(gguf)}.json"
+    return path if path.exists() else _write(path, architecture(gguf))
+
+
+def _kept_as(gguf: Path) -> str:
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    return f"{gguf.stem}-{key}"
+
+
+def _write(path: Path, text: str) -> Path:
+    """A small file of the cache, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _folder(name: str, folder: Path, revision: str | None, need: Need) -> Base:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json, so it is no model")
-    if with_weights and not any(folder.glob("*.safetensors")):
+    if need == "weights" and not any(folder.glob("*.safetensors")):
         found = "only pickles (.bin), which are never read" if any(folder.glob("*.bin")) else "no weights"
         raise ModelError(f"{folder} holds {found}; *.safetensors files are needed")
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return Base(name, revision, folder / "config.json", folder, folder if has_tokenizer else None)
 
 
-def _hub(name: str, revision: str | None, with_weights: bool) -> Base:
+def _hub(name: str, revision: str | None, need: Need) -> Base:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -120,9 +148,8 @@ def _hub(name: str, revision: str | None, with_weights: bool) -> Base:
         RevisionNotFoundError,
     )
 
-    patterns = SMALL + (WEIGHTS if with_weights else [])
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES[need]))
     except GatedRepoError:
         raise ModelError(f"{name} is gated: accept its terms on the hub, then set HF_TOKEN") from None
     except RevisionNotFoundError:
@@ -138,7 +165,7 @@ def _hub(name: str, revision: str | None, with_weights: bool) -> Base:
         ) from None
     except ValueError as error:
         raise ModelError(f"{name!r} is neither a folder nor a hub id: {error}") from None
-    return _folder(name, folder, folder.name, with_weights)
+    return _folder(name, folder, folder.name, need)
 
 
 def _judge(base: Base, trust_remote_code: bool) -> None:
@@ -151,7 +178,7 @@ def _judge(base: Base, trust_remote_code: bool) -> None:
         raise ModelError(f"{base.config} is not JSON: {error}") from None
     if not isinstance(settings, dict) or "model_type" not in settings:
         raise ModelError(f"{base.config} has no model_type, so it is no Hugging Face config")
-    if "auto_map" in settings and not trust_remote_code:
+    if not trust_remote_code and _brings_code(settings):
         raise ModelError(f"{base.name} brings its own code: read it, then pass --trust-remote-code if you trust it")
     for key, sense in OTHER_SENSES.items():
         if key in settings:
@@ -160,16 +187,28 @@ def _judge(base: Base, trust_remote_code: bool) -> None:
         raise ModelError(f"{base.name} is an encoder-decoder ({settings['model_type']}): only decoders are served")
 
 
+def _brings_code(settings: Any) -> bool:
+    """Whether a config, or one inside it, names code: its own classes, or an implementation that lies on a hub."""
+    left = [settings]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+            for key, own in value.items():
+                hub = "implementation" in key and "/" in str(own)
+                if key == "auto_map" or (key == "trust_remote_code" and own) or hub:
+                    return True
+        elif isinstance(value, list):
+            left += value
+    return False
+
+
 def shrink(base: Base, vocabulary: int) -> Base:
     """A bare architecture of the same family with 2 narrow layers; for smoke runs."""
     settings = _shrunk(base.settings(), vocabulary)
     text = json.dumps(settings, indent=1, sort_keys=True)
     path = cache_folder() / "shrunk" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
-    return base._replace(config=path, weights=None)
+    return base._replace(config=_write(path, text), weights=None)
 
 
 SMALL_VALUES = {

@@ -93,11 +93,11 @@ def count_params(
     if path is not None:
         wanted = recipes.load(path, overrides)
         resolved = bases.resolve(
-            wanted.model.name, wanted.model.revision, with_weights=False, trust_remote_code=trust_remote_code
+            wanted.model.name, wanted.model.revision, need="config", trust_remote_code=trust_remote_code
         )
         config = wanted.method
     elif base is not None and method is not None:
-        resolved = bases.resolve(base, with_weights=False, trust_remote_code=trust_remote_code)
+        resolved = bases.resolve(base, need="config", trust_remote_code=trust_remote_code)
         config = recipes.method_block(method, overrides)
     else:
         raise InputError("count-params: give a RECIPE, or --base and --method")

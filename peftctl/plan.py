@@ -94,7 +94,7 @@ def base_and_chat(
             wanted.name,
             wanted.revision,
             wanted.tokenizer,
-            with_weights=with_weights,
+            need="weights" if with_weights else "tokenizer",
             trust_remote_code=trust_remote_code,
         )
     except ModelError as error:
@@ -112,7 +112,7 @@ def _architecture(name: str) -> bases.Base:
     """The architecture to shrink: what the recipe names if it is on this machine, else a small Llama. No downloads."""
     path = Path(name)
     if path.is_dir() or name.endswith(".json"):
-        return bases.resolve(name, with_weights=False)
+        return bases.resolve(name, need="config")
     return bases.resolve(str(shared_folder("configs") / "models" / "tiny-llama.json"))
 
 
