@@ -93,7 +93,7 @@ def count_params(
     set_: Set = [],  # noqa: B006
     base: Annotated[str | None, typer.Option(help="without a recipe: a model, or a bare config.json")] = None,
     method: Annotated[str | None, typer.Option(help="without a recipe: the method's name")] = None,
-    by: Annotated[str | None, typer.Option(help="module: a line for each place")] = None,
+    by: Annotated[str | None, typer.Option(help="module: also a tree of the places")] = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
@@ -101,7 +101,7 @@ def count_params(
     from peftctl import commands
 
     result = commands.count_params(path, set_, base, method, by, trust_remote_code)
-    _print(result, json_, commands.described)
+    _print(result, json_, commands.described_counts)
 
 
 @app.command(epilog="Example: peftctl merge runs/smoke/adapter --output merged")

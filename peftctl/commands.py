@@ -212,6 +212,14 @@ def described(result: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {_readable(value)}" for name, value in result.items() if value is not None)
 
 
+def described_counts(result: Mapping[str, Any]) -> str:
+    """Counts as lines to read, those by module as a tree."""
+    from peftctl.counting import tree
+
+    lines = [described({name: value for name, value in result.items() if name != "by_module"})]
+    return "\n".join(lines + tree(result["by_module"]) if "by_module" in result else lines)
+
+
 def table(entries: Sequence[Mapping[str, Any]]) -> str:
     width = max(len(entry["name"]) for entry in entries)
     return "\n".join(f"{entry['name']:<{width}}  {entry['summary']}  {entry['paper']}".rstrip() for entry in entries)

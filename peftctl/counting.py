@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from peftctl.base import Base
@@ -38,3 +39,25 @@ def count(base: Base, method: Method[Any], config: MethodConfig, *, trust_remote
     percent = 100 * trainable / (trainable + total)
     places = counted.places | whole
     return Counts(own, beside, trainable, total, trainable + total, percent, counted.summary, places)
+
+
+def tree(places: Mapping[str, int]) -> list[str]:
+    """Counts by path as an indented tree, to read: at an inner node stands the sum of what is inside it."""
+    nodes = list(_nodes({tuple(path.split(".")): size for path, size in places.items()}, 1))
+    named = [("  " * depth + name, f"{size:,}") for depth, name, size in nodes]
+    width, digits = (max(map(len, column)) for column in zip(*named, strict=True))
+    return [f"{name:<{width}}  {size:>{digits}}" for name, size in named]
+
+
+def _nodes(places: Mapping[tuple[str, ...], int], depth: int) -> Iterator[tuple[int, str, int]]:
+    """Depth, name and sum of each node under a path; a node without siblings shares its parent's line."""
+    own, parts = places.get((), 0), dict.fromkeys(path[0] for path in places if path)
+    if own and parts:
+        yield depth, "itself", own
+    for part in parts:
+        name, inside = part, {path[1:]: size for path, size in places.items() if path[:1] == (part,)}
+        while () not in inside and len({path[0] for path in inside}) == 1:
+            name = f"{name}.{next(iter(inside))[0]}"
+            inside = {path[1:]: size for path, size in inside.items()}
+        yield depth, name, sum(inside.values())
+        yield from _nodes(inside, depth + 1)
