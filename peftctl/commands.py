@@ -12,7 +12,9 @@ from peftctl import recipe as recipes
 from peftctl.errors import InputError
 
 if TYPE_CHECKING:
+    from peftctl.base import Base
     from peftctl.opened import Opened
+    from peftctl.schema import Recipe
 
 
 def train(
@@ -92,9 +94,7 @@ def count_params(
         raise InputError("count-params: --base and --method stand in for a RECIPE; with one, use --set model.name=...")
     if path is not None:
         wanted = recipes.load(path, overrides)
-        resolved = bases.resolve(
-            wanted.model.name, wanted.model.revision, need="config", trust_remote_code=trust_remote_code
-        )
+        resolved = _counted_base(wanted, trust_remote_code)
         config = wanted.method
     elif base is not None and method is not None:
         resolved = bases.resolve(base, need="config", trust_remote_code=trust_remote_code)
@@ -103,6 +103,17 @@ def count_params(
         raise InputError("count-params: give a RECIPE, or --base and --method")
     counts = count(resolved, methods.get(config.name), config, trust_remote_code=trust_remote_code)
     return counts.document(by is not None)
+
+
+def _counted_base(wanted: Recipe, trust_remote_code: bool) -> Base:
+    """The base that training the recipe would load, as far as counting needs it."""
+    from peftctl import base as bases
+    from peftctl.plan import base_and_chat
+
+    if wanted.model.shrink:
+        return base_and_chat(wanted)[0]
+    name, revision = wanted.model.name, wanted.model.revision
+    return bases.resolve(name, revision, need="config", trust_remote_code=trust_remote_code)
 
 
 def merge(

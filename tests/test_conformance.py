@@ -53,3 +53,10 @@ def test_the_table_shows_every_row_and_needs_no_torch(kept: Path, capsys: pytest
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PEFTCTL_CACHE": str(kept)}
     again = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert again.stdout.splitlines()[: len(TOTALS) + len(ROWS) + 1] == shown.splitlines()[: len(TOTALS) + len(ROWS) + 1]
+
+
+def test_the_page_says_how_many_match() -> None:
+    known = [*TOTALS, *ROWS]
+    matching = sum(not one.why for one in known)
+    said = f"prints {len(known)} published counts beside ours. {matching} are ours"
+    assert said in (ROOT / "README.md").read_text("utf-8")

@@ -176,6 +176,19 @@ def test_what_cannot_be_attached_is_refused_before_weights_are_read(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_shrunk_base_is_counted_as_it_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    contents = runs.document()
+    contents["model"]["shrink"] = True
+    path = str(runs.written(tmp_path / "run", contents))
+    found = []
+    for command in (["count-params"], ["train", "--dry-run"]):
+        with pytest.raises(SystemExit):
+            cli.main(["--quiet", *command, path, "--json"])
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0].items() <= found[1].items()
+    assert found[0]["base"] != counted(bases.resolve(contents["model"]["name"]))["base"]
+
+
 def test_the_output_head_is_counted_where_it_is_asked_for(folder: Path) -> None:
     base = bases.resolve(str(folder), need="config")
     assert counted(base, target_modules=["lm_head"])["by_module"] == {"lm_head": 4 * (32 + 128)}
