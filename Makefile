@@ -2,12 +2,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv format format-check lint types unit test test-all demo demo-data bench-speed conformance wheel clean
+.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all demo demo-data bench-speed conformance wheel clean
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
+ADAPTERHUB := .venv-adapters
 # one thread a worker: two workers of two threads on two cores only wait for each other
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
@@ -21,6 +22,13 @@ venv: $(STAMP) ## Build .venv with the versions of constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+adapterhub-venv: $(ADAPTERHUB)/.installed ## Build .venv-adapters: adapter-hub's package, which asks for an older transformers
+
+$(ADAPTERHUB)/.installed:
+	test -x $(ADAPTERHUB)/bin/python || $(PYTHON) -m venv $(ADAPTERHUB)
+	$(ADAPTERHUB)/bin/python -m pip install --quiet torch==2.13.0 adapters==1.3.0
 	@touch $@
 
 format: venv ## Rewrite the code as the formatter wants it
@@ -41,7 +49,7 @@ unit: venv ## Run the tests alone
 
 test: format-check lint types unit ## What CI runs: format, lint, types, tests
 
-test-all: test demo ## Also the slow tests on real models, the README's commands and the demo
+test-all: test demo adapterhub-venv ## Also the slow tests on real models, the README's commands and the demo
 	$(OFFLINE) $(BIN)/pytest -n 0 -m slow
 
 demo-data: venv ## Fetch the demo's base model and dialogues into .cache
@@ -60,5 +68,5 @@ wheel: venv ## Build the wheel into dist
 	$(BIN)/python -m build --wheel
 
 clean: ## Remove what the other targets made, but the downloads and the runs
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ADAPTERHUB) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -121,6 +121,24 @@ def merge(
     _print(result, json_, commands.described)
 
 
+@app.command(epilog="Example: peftctl export runs/smoke/adapter --to gguf --output adapter.gguf")
+def export(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter or a run", show_default=False)],
+    to: Annotated[str, typer.Option(help="peft, adapterhub or gguf")],
+    output: Annotated[Path, typer.Option(help="the folder to write; of gguf, the file")],
+    server: Annotated[str | None, typer.Option("--for", help="vllm: check its own rules as well")] = None,
+    name: Annotated[str, typer.Option(help="the adapter's name, where the form has one")] = "peftctl",
+    base: BaseOption = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Write an adapter in the form that another program loads."""
+    from peftctl import commands
+
+    result = commands.export(adapter, output, to, server, name, base, trust_remote_code)
+    _print(result, json_, commands.described)
+
+
 @app.command(epilog="Example: peftctl generate runs/smoke --prompt 'What is an adapter?' --max-new-tokens 20")
 def generate(
     path: PathArgument,

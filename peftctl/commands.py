@@ -139,6 +139,14 @@ def merge(
         )
 
 
+def export(
+    adapter: str, output: Path, to: str, server: str | None, name: str, base: str | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    from peftctl.exporting import export as run
+
+    return run(adapter, output, to=to, server=server, name=name, base=base, trust_remote_code=trust_remote_code)
+
+
 def opened(path: str, base: str | None, device: str, trust_remote_code: bool) -> Opened:
     """The policy that a path means, loaded."""
     from peftctl import opened as places

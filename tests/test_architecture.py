@@ -26,6 +26,7 @@ LAYERS = [
         "plan",
         "run_folder",
         "evaluation",
+        "exporting",
         "kept",
         "remembered",
         "proof",

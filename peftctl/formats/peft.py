@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from peftctl import methods
 from peftctl.base import Base
 from peftctl.errors import FormatError, TargetError
+from peftctl.formats import adapterhub
 from peftctl.formats.shards import fingerprint
 from peftctl.methods.base import Exchange, Method, MethodConfig
 from peftctl.methods.whole import named
@@ -53,7 +54,7 @@ def write(
     """Write the three files into an existing folder. Raises OSError."""
     from safetensors.torch import save_file
 
-    keys, stored = _plain(method, config, skeleton, tensors)
+    keys, stored = as_peft(method, config, skeleton, tensors)
     facts = _facts(base, skeleton)
     keys = keys | {"base_model_name_or_path": facts["name"], "revision": facts["revision"]}
     document = {"format": FORMAT, "method": json.loads(config.model_dump_json()), "base": facts}
@@ -64,7 +65,7 @@ def write(
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def _plain(
+def as_peft(
     method: Method[Any], config: MethodConfig, skeleton: Skeleton, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Keys of the config and tensors in peft's form, or under our names where peft lacks the method."""
@@ -93,27 +94,38 @@ def _saved_prefix(keys: Mapping[str, Any]) -> str:
 def _facts(base: Base, skeleton: Skeleton) -> dict[str, Any]:
     """What finds the base again, and tells whether it is the same one."""
     return {
-        "name": base.name if base.revision is not None else str(Path(base.name).resolve()),
+        "name": lasting_name(base),
         "revision": base.revision,
         "architecture": skeleton.architecture,
         "fingerprint": fingerprint(base.weights) if base.weights is not None else None,
     }
 
 
+def lasting_name(base: Base) -> str:
+    """The name by which a base is found from anywhere."""
+    return base.name if base.revision is not None else str(Path(base.name).resolve())
+
+
 def base_of(folder: Path) -> tuple[str | None, str | None]:
     """Name and revision of the base that an adapter was made for, as far as it says. Raises FormatError."""
     keys = _json(folder / CONFIG)
     name, revision = keys.get("base_model_name_or_path"), keys.get("revision")
+    if "peft_type" not in keys:
+        name = keys.get("model_name") or None  # adapter-hub's word for it
     return (name if isinstance(name, str) else None), (revision if isinstance(revision, str) else None)
 
 
 def read(folder: Path, skeleton: Skeleton) -> Adapter:
-    """An adapter of ours or of peft's, for a base of this skeleton. Raises FormatError with what is wrong."""
+    """An adapter of ours, of peft's or of adapter-hub's, for a base of this skeleton.
+
+    Raises FormatError with what is wrong.
+    """
     keys = _json(folder / CONFIG)
     kind = keys.get("peft_type")
+    if kind is None and "config" in keys:
+        return _adapterhub(folder, keys, skeleton)
     if kind is None:
-        other = "adapter-hub's, which is not read" if "config" in keys else "not an adapter's: it has no peft_type"
-        raise FormatError(f"{folder / CONFIG} is {other}")
+        raise FormatError(f"{folder / CONFIG} is not an adapter's: it has no peft_type")
     stored = _tensors(folder)
     ours = _ours(folder) if (folder / OURS).is_file() or kind == OWN_TYPE else None
     if kind == OWN_TYPE and ours is not None:
@@ -124,6 +136,12 @@ def read(folder: Path, skeleton: Skeleton) -> Adapter:
     method = methods.get(str(block.get("name")))
     found = ours["base"].get("fingerprint") if ours is not None else None
     return Adapter(folder, method, _config(method, block, folder), tensors, found)
+
+
+def _adapterhub(folder: Path, document: Mapping[str, Any], skeleton: Skeleton) -> Adapter:
+    block, tensors = adapterhub.read(folder, document, skeleton)
+    method = methods.get(str(block["name"]))
+    return Adapter(folder, method, _config(method, block, folder), tensors, None)
 
 
 def _config(method: Method[Any], block: Mapping[str, Any], folder: Path) -> MethodConfig:
