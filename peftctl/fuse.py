@@ -181,8 +181,8 @@ def free_memory() -> int:
 
 
 def _product_at(attachment: Attachment, indices: Sequence[int]) -> Delta | None:
-    """The one delta at a place if it is a low-rank product; others go on by their hooks."""
-    if len(indices) != 1 or attachment.sources[indices[0]] is not None:
+    """The first delta at a place if it is a low-rank product; others go on by their hooks, after it."""
+    if not indices or attachment.sources[indices[0]] is not None:
         return None
     delta: Delta = attachment.deltas[indices[0]]  # type: ignore[assignment]
     return delta if delta.product() is not None else None

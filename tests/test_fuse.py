@@ -120,6 +120,15 @@ def test_a_start_that_is_taken_away_leaves_the_base_under_the_fused_kernels_too(
     assert torch.equal(made.tokens(batch()).logprob, base)
 
 
+def test_a_bias_beside_a_product_goes_on_by_its_hook() -> None:
+    found = policy("opt", bias="lora_only")
+    logprob, gradients = answers(found)
+    found.fuse(pack=False)
+    assert len(found.attachment._handles) == len(found.attachment.paths) // 2
+    fused = answers(found)
+    assert near(fused[0], logprob) and all(near(a, b) for a, b in zip(fused[1], gradients, strict=True))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_off_is_the_base_under_the_same_kernels_and_removal_leaves_nothing(name: str) -> None:
     bare = policy_of(frozen(tiny(name)), None, skeleton(tiny(name)).dimensions.layers)
