@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peftctl import optim
+from peftctl import guards, optim
 from peftctl.batch import Batch
 from peftctl.checkpoint import Progress
 from peftctl.errors import DataError, Stopped, TrainingError
@@ -89,18 +89,20 @@ def train(job: Job, progress: Progress) -> Progress:
         _between(job, progress, saved=True)  # a checkpoint comes before its step's evaluation
     elif (number := job.stop()) is not None:
         raise Stopped("stopped before the first step; --resume starts it", number)
+    still = guards.Standstill(job.parameters)
     while not job.finished(progress):
         begun = time.perf_counter()
         step = progress.step + 1
         batches, position = job.batches.step(progress.position)
         lr = optim.scale(job.optimizer, job.lr, job.schedule(step))
 
-        job.optimizer.zero_grad(set_to_none=True)
-        loss, metrics = _backward(job.question, batches, step, _device(job.parameters))
-        job.after_backward(step, job.steps)
-        norm = _clip(job.parameters, job.max_grad_norm)
-        _require_finite(step, loss, norm, lr, batches)
-        job.optimizer.step()
+        with guards.memory(f"step {step}"):
+            job.optimizer.zero_grad(set_to_none=True)
+            loss, metrics = _backward(job.question, batches, step, _device(job.parameters))
+            job.after_backward(step, job.steps)
+            norm = _clip(job.parameters, job.max_grad_norm)
+            _require_finite(job.emit, step, loss, norm, lr, batches)
+            job.optimizer.step()
 
         now = time.perf_counter()
         tokens = sum(batch.real_tokens for batch in batches)
@@ -108,6 +110,7 @@ def train(job: Job, progress: Progress) -> Progress:
         event = {"event": "step", "step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
         event |= {"tokens_per_s": tokens / (now - begun), "seconds": now - begun}
         job.emit(event | metrics | event)  # a metric of one of these names does not replace it
+        still.check(step, loss, lr)
         _between(job, progress)
     return progress
 
@@ -133,7 +136,8 @@ def _due(step: int, every: int | None) -> bool:
 
 def _validate(job: Job, step: int) -> None:
     begun = time.perf_counter()
-    found = evaluate(job.question, job.batches.evaluation(), _device(job.parameters), job.stop)
+    with guards.memory(f"evaluation after step {step}"):
+        found = evaluate(job.question, job.batches.evaluation(), _device(job.parameters), job.stop)
     if found is not None:
         named = {f"validation_{name}": value for name, value in found.items()}
         job.emit({"event": "evaluation", "step": step, **named, "seconds": time.perf_counter() - begun})
@@ -226,9 +230,12 @@ def _clip(parameters: Mapping[str, nn.Parameter], largest: float | None) -> floa
     return float(nn.utils.clip_grad_norm_(tensors, math.inf if largest is None else largest))
 
 
-def _require_finite(step: int, loss: float, norm: float, lr: float, batches: Sequence[Batch]) -> None:
+def _require_finite(
+    emit: Callable[[Event], None], step: int, loss: float, norm: float, lr: float, batches: Sequence[Batch]
+) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
+    emit({"event": "failure", "step": step, "loss": loss, "lr": lr, "grad_norm": norm})  # the log hides nothing
     raise TrainingError(
         f"step {step}: the loss is {loss}, the gradient norm {norm} (lr {lr:.3g}, examples {_examples(batches)}); "
         "stopped before the update, so earlier checkpoints are sound: lower train.learning_rate or look at these rows"
