@@ -51,7 +51,10 @@ class Log:
 
     def sync(self) -> None:
         """Wait until all of it is on the disk; before a checkpoint, for the log must not lag behind one."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise SaveError(f"cannot write {self.path}: {error.strerror}") from error
 
     def __enter__(self) -> Log:
         return self

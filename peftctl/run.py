@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peftctl import base as bases
-from peftctl import checkpoint, methods, objectives, optim, remembered, reuse, signals
+from peftctl import checkpoint, lock, methods, objectives, optim, remembered, reuse, room, signals
 from peftctl import model as models
 from peftctl.adapter import attach
 from peftctl.checkpoint import Progress, State
@@ -57,8 +58,9 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
     planned = plan(recipe, options._replace(now=folder.now()))
     if options.resume and folder.finished(planned):
         return folder.result()
-    with folder.locked(), signals.caught() as stop, display(planned.steps, options.quiet) as shown:
+    with lock.held(folder.path), signals.caught() as stop, display(planned.steps, options.quiet) as shown:
         shown.notice(f"training {planned.counts.trainable:,} parameters ({planned.counts.summary})")
+        room.check(planned, folder.path, shown.notice)
         state = folder.open(planned, options, shown.notice)
         _same_threads(folder.choice("threads"), shown.notice)
         random_base = planned.base.weights is None
@@ -206,6 +208,7 @@ def _load(planned: Plan, folder: RunFolder, state: State | None, options: Option
         settings.weight_decay,
     )
     torch.manual_seed(settings.seed)
+    random.seed(settings.seed)  # what some models drop whole layers by
     progress = Progress() if state is None else _restore(attachment, optimizer, state)
     policy.train()
     return Training(policy, attachment, start, reference, optimizer, progress)

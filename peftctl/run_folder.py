@@ -7,7 +7,6 @@ import os
 import platform
 import resource
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from peftctl.schema import Recipe
 PACKAGES = ("peftctl", "torch", "transformers", "tokenizers", "safetensors")
 # what a resumed run may not change: the rest (rate, steps, saving) is the user's to adjust
 FIXED = ("model", "method", "objective", "data")
-FIXED_TRAIN = ("seed", "batch_size", "gradient_accumulation", "tokens_per_batch", "optimizer")
+FIXED_TRAIN = ("seed", "optimizer")
 
 
 class RunFolder:
@@ -43,6 +42,17 @@ class RunFolder:
             source = Path(options.resume_from).resolve().parent.parent
             if source != path.resolve():
                 self.origin = _read(source / "run.json")
+        self._present(options)
+
+    def _present(self, options: Options) -> None:
+        """Refuse to go on with what is not there, before a folder is made for it. Raises InputError."""
+        if options.resume_from is not None and not Path(options.resume_from).is_dir():
+            raise InputError(f"--resume-from: there is no folder {options.resume_from}")
+        if options.resume and not self.document and not (self.path / "checkpoints").is_dir():
+            raise self._nothing()
+
+    def _nothing(self) -> InputError:
+        return InputError(f"--resume: there is no run in {self.path}; without --resume one is started there")
 
     def finished(self, planned: Plan) -> bool:
         """Whether this very job is done; one with more steps, say, is not."""
@@ -55,25 +65,6 @@ class RunFolder:
         found: dict[str, Any] = self.document["result"]
         return found
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """One writer at a time. A lock whose process is gone is taken over. Raises InputError."""
-        lock = self.path / "lock"
-        _make(self.path)
-        own = {"pid": os.getpid(), "host": socket.gethostname()}
-        if not _created(lock, own):
-            holder = _read(lock)
-            if holder != own and _alive(holder):
-                raise InputError(
-                    f"{self.path} is being written by process {holder['pid']} on {holder['host']}; "
-                    f"if that is not so, remove {lock}"
-                )
-            storage.write_file(lock, json.dumps(own).encode())
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
     def open(self, planned: Plan, options: Options, notice: Callable[[str], None]) -> State | None:
         """Make the folder ready; the checkpoint to go on from, None for a fresh run. Raises InputError."""
         path = None if options.resume_from is None else Path(options.resume_from)
@@ -81,10 +72,10 @@ class RunFolder:
             path = checkpoint.newest(self.path, notice)
         if self.goes_on and path is None:
             if not self.document:
-                raise InputError(f"--resume: there is no run in {self.path}; without --resume one is started there")
+                raise self._nothing()
             notice(f"{self.path} has no checkpoint yet: starting again from step 0")
         state = checkpoint.load(path) if path is not None else None
-        self._reopen(planned)
+        self._reopen(planned, notice)
         if state is not None:
             notice(f"going on from step {state.progress.step}")
         self._rewind(state.progress.step if state is not None else 0, notice)
@@ -102,12 +93,14 @@ class RunFolder:
     def _checkpoints(self) -> set[str]:
         return {path.name for path in (self.path / "checkpoints").glob("step-*")}
 
-    def _reopen(self, planned: Plan) -> None:
+    def _reopen(self, planned: Plan, notice: Callable[[str], None]) -> None:
         """What the folder holds is the run that is gone on with, or nothing precious, or refused."""
         if self.origin:
             changed = changes(self.origin, planned)
             if changed:
                 raise InputError(f"{self.path} was another job, so it cannot go on: {'; '.join(changed[:5])}")
+            for line in _differences("train", self.origin["recipe"]["train"], _plain(planned.recipe)["train"]):
+                notice(f"changed since the run began: {line}")
         if self.goes_on and self.origin is self.document:
             return
         if self.document.get("random_base"):
@@ -187,12 +180,20 @@ def changes(before: dict[str, Any], planned: Plan) -> list[str]:
         found += _differences(block, *({**blocks[block], "revision": None} for blocks in (recipe, after)))
     for key in FIXED_TRAIN:
         found += _differences(f"train.{key}", recipe["train"].get(key), after["train"][key])
+    if _examples(recipe["train"]) != _examples(after["train"]):  # how they are cut into micro-batches may change
+        for key in ("batch_size", "gradient_accumulation"):
+            found += _differences(f"train.{key}", recipe["train"].get(key), after["train"][key])
     found += _differences("the data's content", before["data"], _data(planned))
     if not before["random_base"]:
         base = before["base"]
         found += _differences("model.revision", base["revision"], planned.base.revision)
         found += _differences("the base's content", base.get("fingerprint"), bases.fingerprint(planned.base))
     return found
+
+
+def _examples(settings: dict[str, Any]) -> int:
+    """Examples of an optimizer step."""
+    return int(settings["batch_size"]) * int(settings["gradient_accumulation"])
 
 
 def _differences(key: str, before: Any, now: Any) -> list[str]:
@@ -252,31 +253,3 @@ def _make(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output: {path} cannot be made: {error.strerror}") from error
-
-
-def _created(lock: Path, own: dict[str, Any]) -> bool:
-    """Whether the lock was free; of two that ask at once, one is told so."""
-    try:
-        with lock.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(own))
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise InputError(f"output: {lock} cannot be written: {error.strerror}") from error
-    return True
-
-
-def _alive(holder: dict[str, Any]) -> bool:
-    """Whether the process that holds a lock still runs; on another machine nobody can tell, so yes."""
-    pid, host = holder.get("pid"), holder.get("host")
-    if not isinstance(pid, int) or pid < 1 or not isinstance(host, str):
-        return False  # half written, when its process died
-    if host != socket.gethostname():
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
