@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftctl import storage
 from peftctl.errors import FormatError
+from peftctl.formats import shards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,6 +179,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    shards.read(path)  # its header is refused here before anything of the size that it claims is made
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -86,10 +86,17 @@ def adapter_folder(path: str) -> Path | None:
     folder = Path(path)
     if (folder / "run.json").is_file():
         if not (folder / "adapter").is_dir():
-            status = json.loads((folder / "run.json").read_text("utf-8")).get("status", "unfinished")
+            status = _status(folder / "run.json")
             raise ModelError(f"{path} is a run without a result ({status}): finish it with peftctl train --resume")
         return folder / "adapter"
     return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def _status(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_bytes())["status"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "unfinished"
 
 
 def _tokenizer(folder: Path | None, path: str) -> Path:

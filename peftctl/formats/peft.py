@@ -18,6 +18,7 @@ from peftctl.base import Base
 from peftctl.errors import FormatError, TargetError
 from peftctl.formats import adapterhub
 from peftctl.formats.shards import fingerprint
+from peftctl.formats.shards import read as read_header
 from peftctl.methods.base import Exchange, Method, MethodConfig
 from peftctl.methods.whole import named
 from peftctl.skeleton import Skeleton, dotted
@@ -223,6 +224,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         pickled = (folder / "adapter_model.bin").is_file()
         found = "only adapter_model.bin, a pickle, which is never read" if pickled else f"no {WEIGHTS}"
         raise FormatError(f"{folder} holds {found}: save it again as safetensors")
+    read_header(path)  # refused here before anything of the size that it claims is made
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -16,7 +16,8 @@ from peftctl.errors import FormatError, ModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-LARGEST_HEADER = 100 << 20  # the safetensors library's own limit
+LARGEST_HEADER = 32 << 20  # bytes; some 200,000 tensors, more than any model keeps in one file
+MOST_DIMENSIONS = 64  # torch's own limit
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 # what saving a model again changes in its config, though the model stays the same
 VOLATILE = ("transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype")
@@ -74,7 +75,7 @@ def read(path: Path) -> Shard:
             raise FormatError(f"{path} is not a whole safetensors file: {size:,} bytes, a header of {length:,}")
         raw = file.read(length)
     try:
-        document = json.loads(raw)
+        document = json.loads(raw, object_pairs_hook=_distinct)
         metadata = document.pop("__metadata__", None) or {}
         entries = sorted((_entry(name, e) for name, e in document.items()), key=lambda e: (e.start, e.end))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -83,8 +84,17 @@ def read(path: Path) -> Shard:
     return Shard(path, tuple(entries), metadata, 8 + length)
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
 def _entry(name: str, document: dict[str, Any]) -> Entry:
     start, end = map(int, document["data_offsets"])
+    if len(document["shape"]) > MOST_DIMENSIONS:
+        raise ValueError("more dimensions than a tensor has")
     return Entry(name, str(document["dtype"]), tuple(map(int, document["shape"])), start, end)
 
 
