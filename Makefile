@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all demo demo-data bench-speed conformance wheel clean
+.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults demo demo-data bench-speed conformance wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -51,6 +51,9 @@ test: format-check lint types unit ## What CI runs: format, lint, types, tests
 
 test-all: test demo adapterhub-venv ## Also the slow tests on real models, the README's commands and the demo
 	$(OFFLINE) $(BIN)/pytest -n 0 -m slow
+
+faults: venv ## Cause every fault there is a test for, and print what was seen
+	$(SINGLE) $(OFFLINE) $(BIN)/python -m tests.faults
 
 demo-data: venv ## Fetch the demo's base model and dialogues into .cache
 	$(BIN)/python tests/demo/fetch.py

@@ -122,6 +122,7 @@ def points() -> Iterator[tuple[int, bool]]:
 
 
 @pytest.mark.parametrize("step", [30, 20], ids=["new", "replacing"])
+@pytest.mark.fault(11)
 def test_process_killed_at_any_point_of_a_save_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
@@ -151,6 +152,7 @@ def test_process_killed_at_any_point_of_a_save_loses_nothing(
 
 
 @pytest.mark.parametrize("step", [20, 10], ids=["new", "replacing"])
+@pytest.mark.fault(16, 19)
 def test_failure_at_any_point_is_an_error_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
@@ -179,6 +181,7 @@ def test_failure_at_any_point_is_an_error_and_loses_nothing(
     assert failures > 10
 
 
+@pytest.mark.fault(16)
 def test_full_disk_says_what_is_needed_and_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit on the size of files stands for the disk: it fails inside safetensors, which has errors of its own."""
     checkpoint.save(tmp_path, state(1))
@@ -202,6 +205,7 @@ def test_run_folder_that_is_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"])
+@pytest.mark.fault(21, 23)
 def test_every_damage_is_seen_and_named(tmp_path: Path, name: str) -> None:
     path = checkpoint.save(tmp_path, state(1))
     good = (path / name).read_bytes()
@@ -250,11 +254,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.fault(22, 27)
 def test_hostile_tensors_are_refused_even_with_a_right_manifest(tmp_path: Path, kind: str) -> None:
     path = checkpoint.save(tmp_path, state(1))
     forge(path, "optimizer.safetensors", HOSTILE[kind])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(FormatError, match=r"optimizer\.safetensors: not a safetensors file"):
+    with pytest.raises(FormatError, match=r"optimizer\.safetensors(:| is) "):
         checkpoint.load(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
@@ -282,6 +287,7 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("kind", MANIFESTS)
+@pytest.mark.fault(24)
 def test_bad_manifest_is_refused_by_name_and_skipped_with_a_notice(tmp_path: Path, kind: str) -> None:
     data, message = MANIFESTS[kind]
     older = checkpoint.save(tmp_path, state(1))
@@ -375,6 +381,7 @@ def test_folder_written_over_another_replaces_it_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.fault(19)
 def test_folder_filled_aside_is_published_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, temporary = tmp_path / "adapter", tmp_path / ".tmp-adapter"
     for text in ("old", "new"):

@@ -44,6 +44,7 @@ def test_what_is_no_plain_data_is_refused_at_its_place(text: str, expected: str)
     assert expected in refusal(text).splitlines()
 
 
+@pytest.mark.fault(29)
 def test_a_tag_that_would_run_code_runs_nothing(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     text = f'a: !!python/object/apply:os.system ["touch {trace}"]'
@@ -60,6 +61,7 @@ def test_twenty_levels_are_read_and_more_are_refused() -> None:
     assert refusal("[" * 100_000) == "r.yaml:1:21: is nested over 20 deep"
 
 
+@pytest.mark.fault(30)
 def test_bombs_are_refused_at_once() -> None:
     doubling = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
     begun = time.perf_counter()
@@ -68,12 +70,14 @@ def test_bombs_are_refused_at_once() -> None:
     assert time.perf_counter() - begun < 0.1
 
 
+@pytest.mark.fault(30)
 def test_more_values_than_any_recipe_has_are_refused_before_they_take_time() -> None:
     begun = time.perf_counter()
     assert "the file has over 5000 values" in refusal("a: [" + "1, " * 300_000 + "]")
     assert time.perf_counter() - begun < 2
 
 
+@pytest.mark.fault(30)
 def test_files_that_are_no_recipes_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
 
@@ -118,6 +122,7 @@ def test_files_that_are_no_recipes_are_refused_by_name(tmp_path: Path) -> None:
         ("9" * 5000, math.inf),
     ],
 )
+@pytest.mark.fault(31)
 def test_unquoted_values(text: str, value: object) -> None:
     found = located.scalar(text)
     assert found == value and type(found) is type(value)

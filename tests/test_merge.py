@@ -259,6 +259,7 @@ def test_an_output_that_is_there_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("amount", "dtype"), [(float("nan"), None), (1e6, "float16")])
+@pytest.mark.fault(26)
 def test_a_weight_that_is_not_finite_is_refused(amount: float, dtype: str | None, tmp_path: Path) -> None:
     base = saved(tiny("llama"), tmp_path / "base")
     with pytest.raises(FormatError, match=r"lm_head\.weight: not finite"):
@@ -266,6 +267,7 @@ def test_a_weight_that_is_not_finite_is_refused(amount: float, dtype: str | None
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
+@pytest.mark.fault(20)
 def test_a_full_disk_leaves_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = saved(tiny("llama"), tmp_path / "base")
 
@@ -299,6 +301,7 @@ def test_what_is_added_at_the_end_lies_in_the_output(tmp_path: Path) -> None:
     assert told[-1][0] == told[-1][1]
 
 
+@pytest.mark.fault(20)
 def test_killed_in_the_middle_there_is_no_output_and_the_next_call_succeeds(tmp_path: Path) -> None:
     base = saved(tiny("llama"), tmp_path / "base")
     script = f"""

@@ -41,6 +41,7 @@ def refusals(text: str, *overrides: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
+@pytest.mark.fault(31)
 def test_every_problem_comes_in_one_go_at_its_place() -> None:
     text = """\
 model: {name: 3, revison: x}
@@ -79,6 +80,7 @@ modle: 3
 
 
 @pytest.mark.parametrize("block", ["model", "method", "objective", "data", "train"])
+@pytest.mark.fault(31)
 def test_an_unknown_key_is_refused_in_every_block(block: str) -> None:
     found = refusals(GOOD, f"{block}.zzz=1")
     assert len(found) == 1 and found[0].startswith(f"--set {block}.zzz=1: {block}.zzz is not a key; there are ")

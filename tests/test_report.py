@@ -43,6 +43,7 @@ def test_each_event_is_on_its_way_before_the_next(tmp_path: Path) -> None:
         log.sync()
 
 
+@pytest.mark.fault(42)
 def test_what_is_not_finite_is_not_lost_and_the_file_stays_json(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, [{"event": "step", "a": math.nan, "b": math.inf, "c": -math.inf}])

@@ -66,6 +66,7 @@ def test_stopped_after_every_step_equals_never_stopped(method: str, objective: s
     ],
     ids=["dropout", "gpt2", "few", "sgd", "adafactor", "recomputed", "epochs", "packed", "padded", "pissa", "parts"],
 )
+@pytest.mark.fault(2, 40)
 def test_what_else_a_run_may_draw_on_is_kept(blocks: dict[str, Any], tmp_path: Path) -> None:
     contents = runs.document(**blocks)
     runs.train(tmp_path / "whole", contents)
@@ -78,6 +79,7 @@ def test_what_else_a_run_may_draw_on_is_kept(blocks: dict[str, Any], tmp_path: P
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
 @pytest.mark.parametrize("micro_batch", [1, 4, 6])  # in the first step; between two micro-batches
+@pytest.mark.fault(1, 2)
 def test_killed_amid_accumulation_equals_never_killed(objective: str, micro_batch: int, tmp_path: Path) -> None:
     contents = runs.document("lora", objective, method={"dropout": 0.1}, train={"save_every": 1, **KEEP_ALL})
     runs.train(tmp_path / "whole", contents)
@@ -116,6 +118,7 @@ def _spoil(path: Path) -> None:
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
 
 
+@pytest.mark.fault(7)
 def test_a_finished_run_answers_without_touching_a_file(tmp_path: Path) -> None:
     output = tmp_path / "run"
     result = runs.train(output, runs.document())
@@ -138,10 +141,11 @@ def test_a_finished_run_goes_on_when_more_is_asked(tmp_path: Path) -> None:
         ({"data": {"limit": 8}}, "data.limit: 9 -> 8"),
         ({"train": {"seed": 1}}, "train.seed: 0 -> 1"),
         ({"train": {"batch_size": 1}}, "train.batch_size: 2 -> 1"),
-        ({"train": {"tokens_per_batch": 99}}, "train.tokens_per_batch: None -> 99"),
+        ({"train": {"gradient_accumulation": 4}}, "train.gradient_accumulation: 2 -> 4"),
         ({"data": {"bucket": 4}}, "data.bucket: None -> 4"),
     ],
 )
+@pytest.mark.fault(6)
 def test_another_job_is_refused_by_the_key(blocks: dict[str, Any], key: str, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with runs.stopped_after(2, output), pytest.raises(Stopped):
@@ -151,6 +155,7 @@ def test_another_job_is_refused_by_the_key(blocks: dict[str, Any], key: str, tmp
     assert json.loads((output / "run.json").read_text())["status"] == "stopped"
 
 
+@pytest.mark.fault(6, 39)
 def test_other_data_or_another_base_are_refused(tmp_path: Path) -> None:
     output, data, base = tmp_path / "run", tmp_path / "rows.jsonl", tmp_path / "base"
     shutil.copy(runs.CONFIGS / "data" / "messages.jsonl", data)
@@ -176,6 +181,7 @@ def test_another_learning_rate_is_allowed(tmp_path: Path) -> None:
     assert rates[1] > 0.001 > rates[2]
 
 
+@pytest.mark.fault(21)
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     contents = runs.document(train={"save_every": 1, **KEEP_ALL})
     runs.train(tmp_path / "whole", contents)
@@ -218,6 +224,7 @@ def test_going_on_in_another_folder(tmp_path: Path) -> None:
         runs.train(tmp_path / "other", runs.document(method={"rank": 2}), resume_from=start)
 
 
+@pytest.mark.fault(9)
 def test_nothing_to_go_on_with(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no run in"):
         runs.train(tmp_path / "run", runs.document(), resume=True)
@@ -252,6 +259,7 @@ def _change(path: Path, **choices: Any) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.fault(10)
 def test_a_signal_leaves_a_checkpoint_to_go_on_from(number: int, code: int, tmp_path: Path) -> None:
     output = tmp_path / "run"
     contents = runs.document(train={"max_steps": 3000, "eval_every": None})

@@ -23,6 +23,7 @@ IDS = tuple(range(20, 45))
 
 
 @pytest.mark.parametrize("method", runs.names())
+@pytest.mark.fault(46)
 def test_the_same_recipe_twice_gives_the_same_bits(method: str, tmp_path: Path) -> None:
     results = [runs.train(tmp_path / name, runs.document(method), verify=True) for name in ("one", "two")]
     one, two = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("one", "two"))
@@ -32,6 +33,7 @@ def test_the_same_recipe_twice_gives_the_same_bits(method: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("layout", ["shared", "joined", "padded"])
 @pytest.mark.parametrize("objective", ["sft", "dpo", "orpo", "kto"])
+@pytest.mark.fault(45)
 def test_four_micro_batches_of_one_equal_one_of_four(objective: str, layout: str, tmp_path: Path) -> None:
     for name, size, number in (("one", 4, 1), ("four", 1, 4)):
         train = {"batch_size": size, "gradient_accumulation": number, "optimizer": "sgd", "max_grad_norm": None}
@@ -46,6 +48,7 @@ def test_four_micro_batches_of_one_equal_one_of_four(objective: str, layout: str
     assert difference < 1e-5 * sum(float(one[name].norm()) for name in trained)
 
 
+@pytest.mark.fault(15)
 def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "run"
     output.mkdir()
@@ -59,6 +62,7 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"pid": 0, "host": "HOST"}', '{"pid": 4194305, "host": "HOST"}'])
+@pytest.mark.fault(15)
 def test_a_stale_lock_is_taken_over(content: str, tmp_path: Path) -> None:
     output = tmp_path / "run"
     output.mkdir()

@@ -29,6 +29,7 @@ def test_handlers_come_back_after_an_error() -> None:
     assert signal.getsignal(signal.SIGINT) == before
 
 
+@pytest.mark.fault(10)
 def test_second_interrupt_leaves_at_once() -> None:
     child = os.fork()
     if child == 0:

@@ -146,6 +146,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("objective", BOTH)
+@pytest.mark.fault(45)
 def test_four_micro_batches_of_one_equal_one_of_four(objective: str) -> None:
     rows = make_rows(12)
     whole, parts = (make(Shuffled(rows, size, 4 // size), objective, "sgd", steps=3) for size in (4, 1))
@@ -320,6 +321,7 @@ def nothing(run: Run) -> None:
     ("objective", "kind", "save_every"),
     [("sft", "adamw", 3), ("two", "adamw", 2), ("two", "sgd", 1), ("sft", "adafactor", None)],
 )
+@pytest.mark.fault(1, 2)
 def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path, objective: str, kind: str, save_every: int | None
 ) -> None:
@@ -348,6 +350,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
             assert ours is not None and ours.name == "step-000008"
 
 
+@pytest.mark.fault(1)
 def test_stopped_at_every_step_in_turn(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
@@ -465,6 +468,7 @@ def test_after_backward_sees_gradients_before_clipping() -> None:
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.fault(41)
 def test_what_is_not_finite_stops_before_the_update(where: str, bad: float) -> None:
     run = make(Shuffled(make_rows(10), size=2, accumulate=2), steps=5, save_every=1)
 

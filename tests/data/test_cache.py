@@ -119,6 +119,7 @@ def test_the_time_matters_where_the_template_asks_for_it(chat):
 
 
 @pytest.mark.parametrize("place", [0, 40, 200, -1])
+@pytest.mark.fault(39)
 def test_a_damaged_entry_is_made_anew(place, chat):
     first = skipping(chat)
     [entry] = entries()

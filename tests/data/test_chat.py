@@ -226,6 +226,7 @@ def test_an_answer_cannot_end_without_eos(made):
         Chat(made(None, eos_token=None)).completion("a", "b")
 
 
+@pytest.mark.fault(38)
 def test_pad_may_be_eos(made):
     chat = Chat(made("zephyr", merges=False, pad_token="<|eos|>"))
     assert labelled(chat, chat.dialogue(SIMPLE)) == GOLDEN["zephyr"]

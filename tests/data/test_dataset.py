@@ -90,6 +90,7 @@ BAD = ["{", talk("only a question"), talk("q", "long " * 90), talk("q", "ok"), t
 REASONS = {1: "invalid JSON", 2: "no assistant turn", 3: "more than data.max_length 200", 5: "content is empty"}
 
 
+@pytest.mark.fault(37)
 def test_every_bad_row_is_named_in_one_go(here, chat):
     write(here, *BAD)
     with pytest.raises(DataError) as caught:
@@ -100,6 +101,7 @@ def test_every_bad_row_is_named_in_one_go(here, chat):
     assert all(reason in line for line, reason in zip(lines, REASONS.values(), strict=True))
 
 
+@pytest.mark.fault(37)
 def test_skipped_rows_are_counted(here, chat):
     write(here, *BAD)
     prepared = prepare(recipe(on_bad_row="skip"), chat, SFT)
@@ -116,6 +118,7 @@ def test_ten_are_listed(here, chat):
     assert len(report.faults) == 10 and report.refused == 12
 
 
+@pytest.mark.fault(37)
 def test_nothing_kept_is_refused_even_when_skipping(here, chat):
     write(here, *BAD[:3])
     with pytest.raises(DataError, match=r"train.jsonl: no row can be used$"):
@@ -139,6 +142,7 @@ def test_the_wrong_kind_of_data_is_one_line(here, chat):
         load("train.jsonl", chat, SFT, PLAIN)
 
 
+@pytest.mark.fault(38)
 def test_ids_beyond_the_vocabulary_are_refused(here, chat):
     write(here, talk("q", "a"))
     assert load("train.jsonl", chat, SFT, PLAIN, vocabulary=chat.vocabulary)[1].kept == 1
@@ -146,6 +150,7 @@ def test_ids_beyond_the_vocabulary_are_refused(here, chat):
         load("train.jsonl", chat, SFT, PLAIN, vocabulary=20)
 
 
+@pytest.mark.fault(37)
 def test_a_row_of_which_nothing_is_learnt_is_refused(here, chat):
     write(here, talk("q", "a"), talk("q", "b"))
     objective = SimpleNamespace(**{**vars(SFT), "encode": unlabelled_first(SFT.encode)})

@@ -33,6 +33,7 @@ def write(tmp_path, content: bytes | str, name: str = "rows.jsonl"):
         (b'{"a": 1} {"b": 2}', "invalid JSON: Extra data (column 10)"),
     ],
 )
+@pytest.mark.fault(36)
 def test_a_bad_line_is_a_fault_with_its_place(tmp_path, monkeypatch, line, reason):
     monkeypatch.chdir(tmp_path)
     source = read(write(tmp_path, b'{"a": 1}\n\n' + line + b'\n{"b": 2}\n'))
@@ -40,6 +41,7 @@ def test_a_bad_line_is_a_fault_with_its_place(tmp_path, monkeypatch, line, reaso
     assert source.rows == [("rows.jsonl:1", {"a": 1}), ("rows.jsonl:4", {"b": 2})]
 
 
+@pytest.mark.fault(36)
 def test_bom_windows_line_ends_and_blank_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = b'\xef\xbb\xbf{"a": "x"}\r\n\r\n   \n{"a": "\xe2\x80\xa8"}'
@@ -49,6 +51,7 @@ def test_bom_windows_line_ends_and_blank_lines(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "\n \r\n", "\ufeff"])
+@pytest.mark.fault(36)
 def test_an_empty_file_is_refused(tmp_path, content):
     with pytest.raises(DataError, match="the file is empty"):
         read(write(tmp_path, content))
@@ -73,6 +76,7 @@ def test_a_json_list_has_places_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ['[{"a": 1},\n {"a"', '[{"a": 1}\n {"a": 2}]', '[{"a": 1}\n] x', '[{"a": 1},\n'])
+@pytest.mark.fault(36)
 def test_a_json_list_that_breaks_off_is_refused(tmp_path, content):
     with pytest.raises(DataError, match=r"rows\.json"):
         read(write(tmp_path, content, "rows.json"))

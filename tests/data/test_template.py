@@ -30,6 +30,7 @@ def test_lines_of_blocks_leave_no_white_space():
     assert render("a\n    {% if true %}\nb\n\t{% endif %}\nc") == "a\nb\nc"
 
 
+@pytest.mark.fault(34)
 def test_output_is_bounded(monkeypatch):
     monkeypatch.setattr(module, "LONGEST", 1000)
     assert len(render("{% for i in range(1000) %}x{% endfor %}")) == 1000
@@ -49,6 +50,7 @@ def test_output_is_bounded(monkeypatch):
         "{{ 1 / 0 }}",
     ],
 )
+@pytest.mark.fault(34)
 def test_what_a_template_may_not_do_is_one_line(source):
     with pytest.raises(DataError, match="the template fails on this dialogue") as caught:
         render(source)

@@ -185,6 +185,7 @@ def test_where_it_was_continued_from_is_not_needed_to_read_it(base: Base, tmp_pa
     assert read(tmp_path, skeleton(tiny("llama"))).config.init_from is None
 
 
+@pytest.mark.fault(25)
 def test_another_base_is_told_by_the_first_five_tensors(base: Base, tmp_path: Path) -> None:
     written("bottleneck", base, tmp_path / "adapter")
     adapter = read(tmp_path / "adapter", skeleton(tiny("llama")))

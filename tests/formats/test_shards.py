@@ -59,6 +59,7 @@ def test_a_header_is_read_and_written_alike(tmp_path: Path) -> None:
         (b"[" * 100_000, b""),
     ],
 )
+@pytest.mark.fault(22)
 def test_a_file_that_lies_about_itself_is_refused_by_name(document: Any, data: bytes, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=SINGLE.replace(".", r"\.")):
         read(raw(tmp_path / SINGLE, document, data))
@@ -75,6 +76,7 @@ def test_no_bytes_at_all_are_more_than_an_error(tmp_path_factory: pytest.TempPat
     assert len(data) >= 8  # `{}` after its length is an empty file
 
 
+@pytest.mark.fault(22)
 def test_a_length_beyond_the_file_is_not_allocated(tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
     with pytest.raises(FormatError, match="not a whole safetensors file"):
@@ -82,6 +84,7 @@ def test_a_length_beyond_the_file_is_not_allocated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..", "", "a/b.safetensors", 3])
+@pytest.mark.fault(32)
 def test_an_index_cannot_lead_out_of_its_folder(name: Any, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

@@ -1,0 +1,63 @@
+"""Which fault was seen how: gathered from the tests marked `fault(number)`, printed as a table."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from tests.faults.catalog import FAULTS, NUMBERS, Fault
+
+COLOURS = {"pass": "green", "part": "yellow", "not yet": "yellow", "fail": "bold red"}
+
+
+def numbers_of(item: pytest.Item) -> list[int]:
+    """The faults that a test is about. Raises KeyError for a number that the catalog lacks."""
+    return [NUMBERS[number].number for mark in item.iter_markers("fault") for number in mark.args]
+
+
+class Gathered:
+    """A plugin of pytest: what each test about a fault came to."""
+
+    def __init__(self) -> None:
+        self.faults: dict[str, list[int]] = {}
+        self.seen: dict[int, list[str]] = defaultdict(list)
+        self.failed: dict[int, list[str]] = defaultdict(list)
+        self.passed: dict[int, int] = defaultdict(int)
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self.faults = {item.nodeid: numbers_of(item) for item in items}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for number in self.faults.get(report.nodeid, ()):
+            if report.failed:
+                self.failed[number].append(report.nodeid.rpartition("::")[2])
+            elif report.when == "call" and report.passed:
+                self.passed[number] += 1
+                self.seen[number] += [str(text) for name, text in report.user_properties if name == "seen"]
+
+    def verdict(self, fault: Fault) -> tuple[str, str]:
+        """What was seen, and pass, part, fail or not yet."""
+        number = fault.number
+        if self.failed[number]:
+            return f"failed: {', '.join(self.failed[number][:3])}", "fail"
+        if not self.passed[number]:
+            return fault.lacking, "not yet"
+        count = self.passed[number]
+        seen = self.seen[number][0] if self.seen[number] else "as expected"
+        seen += f" ({count} test{'s' * (count > 1)})"
+        return (f"{seen}; not yet: {fault.lacking}", "part") if fault.lacking else (seen, "pass")
+
+    def show(self, console: Console) -> None:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name, width in (("", 2), ("fault", 34), ("expected", 44), ("seen", 58), ("", 7)):
+            table.add_column(name, width=width)
+        verdicts = [(fault, *self.verdict(fault)) for fault in FAULTS]
+        for fault, seen, word in verdicts:
+            cells = (str(fault.number), fault.name, fault.expected, seen)
+            table.add_row(*(cell.replace("[", r"\[") for cell in cells), f"[{COLOURS[word]}]{word}[/]")
+        console.print(table)
+        words = [word for _, _, word in verdicts]
+        console.print(", ".join(f"{words.count(word)} {word}" for word in COLOURS if word in words))
