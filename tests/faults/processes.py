@@ -20,6 +20,8 @@ def in_child(work: Callable[[], Any]) -> int:
             work()
         except SystemExit as end:
             os._exit(end.code if isinstance(end.code, int) else 0)
+        except KeyboardInterrupt:
+            os._exit(130)  # before the run listens: as the command line ends then
         except BaseException:
             os._exit(99)
         os._exit(0)
