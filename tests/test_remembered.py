@@ -12,7 +12,9 @@ import pytest
 
 from peftctl import remembered
 from peftctl.errors import Stopped
+from peftctl.kept import rows_key
 from peftctl.policy import Reference
+from peftctl.row import Row
 from peftctl.states import Store
 from tests import runs
 
@@ -128,3 +130,10 @@ def test_a_damaged_file_is_mended(cache: Path, tmp_path: Path) -> None:
         runs.train(tmp_path / "second", contents())
     assert len(computed) == 1
     assert runs.bits(tmp_path / "second") == runs.bits(tmp_path / "first")
+
+
+def test_rows_with_other_labels_groups_or_sharing_are_others() -> None:
+    one, two = Row((1, 2, 3), (0.0, 1.0, 1.0)), Row((1, 2, 3), (0.0, 0.0, 1.0))
+    keys = [rows_key([[one]], "all"), rows_key([[two]], "all"), rows_key([[one]], "none")]
+    keys += [rows_key([[one, two]], "all"), rows_key([[one], [two]], "all")]
+    assert len(set(keys)) == len(keys)

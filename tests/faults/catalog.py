@@ -32,7 +32,7 @@ FAULTS = (
     Fault(17, "temporary folder full", "saving needs none"),
     Fault(18, "output read-only, a file, without parent", "refused before the model is loaded"),
     Fault(19, "fsync or rename fails", "a failed save, never reported as saved"),
-    Fault(20, "merge interrupted", "no output at all"),
+    Fault(20, "merge interrupted", "no output at all", "one bad shard among several"),
     Fault(21, "tensors cut off at any boundary", "refused with file and sizes; the checkpoint before is taken"),
     Fault(22, "hostile safetensors headers", "refused at once, nothing large allocated"),
     Fault(23, "one bit flipped", "sha256 mismatch", "an adapter's folder, as other tools read it, has no checksums"),
@@ -48,7 +48,9 @@ FAULTS = (
     Fault(28, "a model with code of its own", "refused without --trust-remote-code; no recipe can set it"),
     Fault(29, "YAML that would run code", "refused with its line"),
     Fault(30, "YAML bombs", "refused at once"),
-    Fault(31, "mistakes in a recipe", "all told, each at its place, with the nearest key"),
+    Fault(
+        31, "mistakes in a recipe", "all told, each at its place, with the nearest key", "a rank above the smaller side"
+    ),
     Fault(32, "names that lead out of a folder", "refused"),
     Fault(33, "output with shell characters", "a plain path, nothing run"),
     Fault(34, "hostile chat templates", "refused in one line, within bounds"),
