@@ -2,53 +2,36 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from peftctl import base as bases
 from peftctl import checkpoint, lock, methods, objectives, optim, remembered, reuse, room, signals
 from peftctl import model as models
-from peftctl.adapter import attach
 from peftctl.checkpoint import Progress, State
 from peftctl.data.batches import Batches
 from peftctl.errors import Stopped, Unfoldable
 from peftctl.formats import peft
-from peftctl.fuse import affordable
+from peftctl.loading import Training, load
 from peftctl.merging import merge
-from peftctl.methods.attachment import Attachment
-from peftctl.opened import policy_of
 from peftctl.penalty import penalised
 from peftctl.plan import Options, Plan, plan
-from peftctl.policy import Policy, Reference, checkpointed, frozen_copy
+from peftctl.policy import Policy
 from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
-from peftctl.reference import reference_of
 from peftctl.remembered import Remembered
 from peftctl.report import Log, Sink, display, read, tee, truncate
 from peftctl.reuse import Reuse
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
-from peftctl.schema import Recipe, TrainConfig
-from peftctl.surgery import without_dropout
+from peftctl.schema import Recipe
 from peftctl.trainer import Job, Question
 from peftctl.trainer import train as loop
-
-
-class Training(NamedTuple):
-    """What is in memory when the loop starts."""
-
-    policy: Policy
-    attachment: Attachment
-    start: dict[str, torch.Tensor]  # what was trained from; the proof compares with it
-    reference: Reference | None
-    optimizer: torch.optim.Optimizer
-    progress: Progress
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any]:
@@ -65,7 +48,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
         _same_threads(folder.choice("threads"), shown.notice)
         random_base = planned.base.weights is None
         planned = _with_weights(planned, folder)
-        training = _load(planned, folder, state, options)
+        training = load(planned, folder, state, options)
         batches = _batches(planned, training.policy)
         kept = _kept(planned, training, batches, folder, shown.notice)
         folder.record(planned, training.policy.layout, _choices(training, kept), random_base)
@@ -173,56 +156,6 @@ def _result(
         "proof": proof._asdict() if proof is not None else None,
         "merged": merged,
     }
-
-
-def _load(planned: Plan, folder: RunFolder, state: State | None, options: Options) -> Training:
-    """Base, deltas, reference and optimizer, as they are at the state's step (or at 0)."""
-    recipe, settings = planned.recipe, planned.recipe.train
-    objective = objectives.get(recipe.objective.name)
-    # an automatic choice is made once: whoever resumes gets the same kernels
-    chosen = folder.choice("device") if settings.device == "auto" else None
-    device = models.device(chosen or settings.device)
-    trust = options.trust_remote_code
-    model = models.load(planned.base, recipe.model.dtype, device, settings.seed, trust_remote_code=trust)
-    if not objective.base_dropout:
-        without_dropout(model)
-    if settings.gradient_checkpointing:
-        checkpointed(model)
-    attachment = attach(model, methods.get(recipe.method.name), recipe.method, settings.seed)
-    if planned.start is not None:
-        attachment.load(planned.start.tensors, str(recipe.method.init_from))
-    start = frozen_copy(attachment)
-    policy = policy_of(model, attachment, planned.skeleton.dimensions.layers, recipe.model.layout, folder.layout())
-    if settings.fuse:
-        packed = folder.choice("packed")
-        policy.fuse(pack=_packed(settings, model) if packed is None else packed)
-    if not objective.likelihood:  # what is learnt is a small difference of log-probabilities
-        policy.exact_logits()
-    reference = reference_of(planned, policy, start, state)
-    optimizer = optim.build(
-        attachment.trainable(),
-        attachment.groups(),
-        settings.optimizer,
-        settings.learning_rate,
-        settings.betas,
-        settings.weight_decay,
-    )
-    torch.manual_seed(settings.seed)
-    random.seed(settings.seed)  # what some models drop whole layers by
-    progress = Progress() if state is None else _restore(attachment, optimizer, state)
-    policy.train()
-    return Training(policy, attachment, start, reference, optimizer, progress)
-
-
-def _packed(settings: TrainConfig, model: Any) -> bool:
-    return affordable(model) if settings.pack_weights is None else settings.pack_weights
-
-
-def _restore(attachment: Attachment, optimizer: torch.optim.Optimizer, state: State) -> Progress:
-    attachment.load(state.adapter, "checkpoint")
-    optim.restore(optimizer, attachment.trainable(), state.optimizer, state.optimizer_facts, "checkpoint")
-    checkpoint.restore_random(state.rng)
-    return state.progress
 
 
 def _batches(planned: Plan, policy: Policy) -> Batches:

@@ -30,6 +30,7 @@ LAYERS = [
         "evaluation",
         "exporting",
         "kept",
+        "loading",
         "remembered",
         "proof",
         "merging",

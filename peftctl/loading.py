@@ -1,0 +1,83 @@
+"""From a plan to what is in memory when the loop starts: base, deltas, reference and optimizer."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+import torch
+
+from peftctl import checkpoint, methods, objectives, optim
+from peftctl import model as models
+from peftctl.adapter import attach
+from peftctl.checkpoint import Progress, State
+from peftctl.fuse import affordable
+from peftctl.methods.attachment import Attachment
+from peftctl.opened import policy_of
+from peftctl.plan import Options, Plan
+from peftctl.policy import Policy, Reference, checkpointed, frozen_copy
+from peftctl.reference import reference_of
+from peftctl.run_folder import RunFolder
+from peftctl.schema import TrainConfig
+from peftctl.surgery import without_dropout
+
+
+class Training(NamedTuple):
+    """What is in memory when the loop starts."""
+
+    policy: Policy
+    attachment: Attachment
+    start: dict[str, torch.Tensor]  # what was trained from; the proof compares with it
+    reference: Reference | None
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+
+
+def load(planned: Plan, folder: RunFolder, state: State | None, options: Options) -> Training:
+    """Base, deltas, reference and optimizer, as they are at the state's step (or at 0)."""
+    recipe, settings = planned.recipe, planned.recipe.train
+    objective = objectives.get(recipe.objective.name)
+    # an automatic choice is made once: whoever resumes gets the same kernels
+    chosen = folder.choice("device") if settings.device == "auto" else None
+    device = models.device(chosen or settings.device)
+    trust = options.trust_remote_code
+    model = models.load(planned.base, recipe.model.dtype, device, settings.seed, trust_remote_code=trust)
+    if not objective.base_dropout:
+        without_dropout(model)
+    if settings.gradient_checkpointing:
+        checkpointed(model)
+    attachment = attach(model, methods.get(recipe.method.name), recipe.method, settings.seed)
+    if planned.start is not None:
+        attachment.load(planned.start.tensors, str(recipe.method.init_from))
+    start = frozen_copy(attachment)
+    policy = policy_of(model, attachment, planned.skeleton.dimensions.layers, recipe.model.layout, folder.layout())
+    if settings.fuse:
+        packed = folder.choice("packed")
+        policy.fuse(pack=_packed(settings, model) if packed is None else packed)
+    if not objective.likelihood:  # what is learnt is a small difference of log-probabilities
+        policy.exact_logits()
+    reference = reference_of(planned, policy, start, state)
+    optimizer = optim.build(
+        attachment.trainable(),
+        attachment.groups(),
+        settings.optimizer,
+        settings.learning_rate,
+        settings.betas,
+        settings.weight_decay,
+    )
+    torch.manual_seed(settings.seed)
+    random.seed(settings.seed)  # what some models drop whole layers by
+    progress = Progress() if state is None else _restore(attachment, optimizer, state)
+    policy.train()
+    return Training(policy, attachment, start, reference, optimizer, progress)
+
+
+def _packed(settings: TrainConfig, model: Any) -> bool:
+    return affordable(model) if settings.pack_weights is None else settings.pack_weights
+
+
+def _restore(attachment: Attachment, optimizer: torch.optim.Optimizer, state: State) -> Progress:
+    attachment.load(state.adapter, "checkpoint")
+    optim.restore(optimizer, attachment.trainable(), state.optimizer, state.optimizer_facts, "checkpoint")
+    checkpoint.restore_random(state.rng)
+    return state.progress
