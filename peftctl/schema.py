@@ -27,7 +27,7 @@ class ModelConfig(Block):
 
 
 class DataConfig(Block):
-    train: str = Field(min_length=1, description="a JSONL or JSON file")
+    train: str = Field(min_length=1, description="a data file, a folder or a pattern of files")
     validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[str, Field(min_length=1)] | None = Field(
         None, description="a share to hold out, or a file"
     )

@@ -265,7 +265,7 @@ train: {max_steps: 3, epochs: 1, eval_every: 2}
         "r.yaml:1:1: output is missing: the run's folder",
         "r.yaml:2:32: model.task 'ranking' is not served; causal-lm is",
         "r.yaml:3:47: num_virtual_tokens stands here again; it was set in line 3",
-        "r.yaml:5:1: data.train is missing: a JSONL or JSON file",
+        "r.yaml:5:1: data.train is missing: a data file, a folder or a pattern of files",
         "r.yaml:5:8: data.tran is not a key; did you mean train?",
         "r.yaml:6:31: train.epochs and train.max_steps are both given: keep one, set the other to null",
     ]  # nothing of eval_every: what data.validation would have been is not known
@@ -305,7 +305,7 @@ def test_a_key_counts_with_a_name_that_is_set_after_it() -> None:
 
 def test_a_missing_key_is_blamed_on_the_block_in_the_file_though_an_option_adds_to_it() -> None:
     text = GOOD.replace("train: rows.jsonl", "limit: 3")
-    assert refusals(text, "data.limit=4") == ["r.yaml:4:1: data.train is missing: a JSONL or JSON file"]
+    assert refusals(text, "data.limit=4") == ["r.yaml:4:1: data.train is missing: a data file, a folder or a pattern of files"]
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_smoke_hides_no_mistake() -> None:
     assert str(caught.value).splitlines() == [
         "--smoke: model.name is missing: hub id, local folder, .gguf file, or a bare config.json",
         "r.yaml:1:9: method.name is missing: one of " + ", ".join(methods.names()),
-        "r.yaml:2:1: data.train is missing: a JSONL or JSON file",
+        "r.yaml:2:1: data.train is missing: a data file, a folder or a pattern of files",
         "r.yaml:3:30: objective.beta is 0; a number above 0.0 is meant",
     ]
 

@@ -22,8 +22,8 @@ from typing import Any
 from peftctl import __version__
 from peftctl.base import cache_folder
 from peftctl.data.encoded import Dataset, Report
-from peftctl.data.sources import Fault, fingerprint, shown
-from peftctl.errors import SaveError
+from peftctl.data.sources import Fault, files, fingerprint, shown
+from peftctl.errors import DataError, SaveError
 from peftctl.objectives.base import Objective
 from peftctl.row import Row
 from peftctl.storage import write_file
@@ -38,13 +38,14 @@ Loaded = tuple[Dataset, Report]
 def key(
     path: str | Path, tokenizer: Callable[[], str], objective: Objective[Any], config: Any, options: Sequence[Any]
 ) -> str | None:
-    """What an encoding depends on: the sha256 of the file and that of all else; None for a file that is small, or that
+    """What an encoding depends on: the sha256 of the files and that of all else; None for files that are small, or that
     cannot be read."""
     try:
-        if os.path.getsize(path) < SMALL:
+        found = [file.path for file in files(path)]
+        if sum(map(os.path.getsize, found)) < SMALL:
             return None
-        content = fingerprint(path)
-    except OSError:
+        content = fingerprint(found)
+    except (OSError, DataError):
         return None  # whoever reads it next says what is wrong
     rest = [
         *(sys.byteorder, __version__, version("tokenizers"), version("jinja2"), _code(objective)),
@@ -72,7 +73,7 @@ def kept(key: str | None, make: Callable[[], Loaded]) -> Loaded:
 
 def _code(objective: Objective[Any]) -> str:
     """The code that encodes: whoever works on it must not get yesterday's rows."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(objective.encode))]
+    files = [*sorted(Path(__file__).parent.rglob("*.py")), Path(inspect.getfile(objective.encode))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -123,7 +123,7 @@ def _encoded(
             faults.append(Fault(example.place, str(error)))
             unlabelled += isinstance(error, NoLabel)
     total = len(source.rows) + len(source.faults)
-    faults.sort(key=_line)
+    faults.sort(key=_place)
     if faults and (on_bad_row != "skip" or not kept):
         raise DataError(_refusal(source.name, faults, total, on_bad_row))
     rows = tuple(tuple(row._replace(example=i) for row in encoded) for i, (_, encoded) in enumerate(kept))
@@ -188,8 +188,9 @@ def _counts(dataset: Dataset, eos_ids: Sequence[int]) -> dict[str, int]:
     }
 
 
-def _line(fault: Fault) -> int:
-    return int(fault.place.rsplit(":", 1)[1])
+def _place(fault: Fault) -> tuple[str, int]:
+    name, _, line = fault.place.rpartition(":")
+    return name, int(line.removeprefix("row "))
 
 
 def _refusal(name: str, faults: Sequence[Fault], total: int, on_bad_row: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from peftctl.data.sources import Fault, Json, Source
+from peftctl.data.sources import Cells, Fault, Json, Source, spelled
 from peftctl.errors import DataError, suggest
 from peftctl.row import Example, Message
 
@@ -61,7 +61,8 @@ def recognise(
     faults: list[Fault] = []
     for place, row in source.rows:
         try:
-            examples.append(example(_renamed(row, names), kind, place))
+            renamed = _renamed(row, names)
+            examples.append(example(spelled(renamed, kind) if isinstance(row, Cells) else renamed, kind, place))
         except DataError as error:
             faults.append(Fault(place, str(error)))
     return Recognised(kind, examples, faults, tuple(name for name in found if name not in read))

@@ -1,0 +1,97 @@
+"""Which files a path means, one, a folder's or a pattern's, and which reader each has by its name."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from peftctl.data.sources import jsonl, parquet, plain, table
+from peftctl.data.sources.lines import ZIPPED
+from peftctl.data.sources.records import Reader
+from peftctl.errors import DataError, suggest
+
+READERS: dict[str, Reader] = {
+    ".jsonl": jsonl.rows,
+    ".ndjson": jsonl.rows,
+    ".json": jsonl.either,
+    ".csv": table.csv_rows,
+    ".tsv": table.tsv_rows,
+    ".parquet": parquet.rows,
+    ".txt": plain.rows,
+}
+KNOWN = ", ".join(READERS)
+
+
+class File(NamedTuple):
+    """`name`: as errors show it."""
+
+    path: Path
+    name: str
+
+    @property
+    def reader(self) -> Reader:
+        return READERS[kind(self.path)]
+
+    def place(self, line: int) -> str:
+        return f"{self.name}:{'row ' if kind(self.path) == '.parquet' else ''}{line}"
+
+
+def kind(path: Path) -> str:
+    """The suffix that tells what is in a file, compressed or not."""
+    plainly = path.with_suffix("") if path.suffix.lower() == ZIPPED else path
+    return plainly.suffix.lower()
+
+
+def files(path: str | Path) -> list[File]:
+    """The data files that a path means, in the order of their names. Raises DataError.
+
+    Of a folder, those that it holds itself, other files are passed by; of a pattern (`*`, `?`, `[...]`, `**` for any
+    folders), all that it matches.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(one for one in path.iterdir() if one.is_file() and kind(one) in READERS and one.name[0] != ".")
+        if not found:
+            raise DataError(f"data folder {shown(path)} holds no data file ({KNOWN}, each also with .gz)")
+    elif not path.is_file() and glob.has_magic(str(path)):
+        found = [Path(one) for one in sorted(glob.glob(str(path), recursive=True)) if Path(one).is_file()]
+        if not found:
+            raise DataError(f"data files {shown(path)}: there is none that fits the pattern")
+    else:
+        found = [path]
+    return [File(_checked(one), shown(one)) for one in found]
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """The sha256 of a file's bytes, in hex; of several, that of theirs."""
+    digests = [_sha256(path) for path in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def shown(path: Path) -> str:
+    """The path as a reader wants it in an error: relative when it lies under the current directory."""
+    try:
+        return str(path.relative_to(Path.cwd())) if path.is_absolute() else str(path)
+    except ValueError:
+        return str(path)
+
+
+def _checked(path: Path) -> Path:
+    if not path.is_file():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = suggest(path.name, beside)
+        raise DataError(f"data file {shown(path)} does not exist{near or f'; a file is needed: {KNOWN}'}")
+    if kind(path) not in READERS:
+        raise DataError(f"data file {shown(path)}: {path.suffix or 'no suffix'} is not read; {KNOWN} are")
+    return path
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""Parquet: read some rows at a time, whatever the size of its row groups."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftctl.data.sources.lines import ZIPPED
+from peftctl.data.sources.records import START, Mark, Record
+from peftctl.errors import DataError
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+    from pyarrow.parquet import ParquetFile
+
+ROWS, BUFFER = 256, 1 << 20  # read together; bytes of a column's chunk that are held
+
+
+def rows(path: Path, name: str, start: Mark = START) -> Iterator[Record]:
+    """The rows from a mark on, which counts rows."""
+    from pyarrow import ArrowException
+
+    with _opened(path, name) as file:
+        number = 0
+        try:
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if number + size <= start.offset:
+                    number += size
+                    continue
+                for batch in file.iter_batches(ROWS, row_groups=[group]):
+                    for row in _values(batch):
+                        number += 1
+                        if number > start.offset:
+                            yield Record(number, row, Mark(number, number))
+        except (ArrowException, OSError) as error:
+            raise DataError(f"{name}: row {number + 1}: damaged: {_first_line(error)}") from None
+
+
+def _values(batch: RecordBatch) -> list[Any]:
+    """Rows, or what is wrong with one."""
+    try:
+        found: list[Any] = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            return [f"invalid UTF-8 at byte {error.start + 1} of a text"]
+        return [row for place in range(len(batch)) for row in _values(batch.slice(place, 1))]
+    return found
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[ParquetFile]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise DataError(f"{name}: reading parquet needs pyarrow: pip install datasets") from None
+    with tempfile.TemporaryFile() as whole:
+        try:
+            if path.suffix.lower() == ZIPPED:  # its end must be read first, so it is unpacked
+                with gzip.open(path) as packed:
+                    shutil.copyfileobj(packed, whole)
+            file = ParquetFile(whole if path.suffix.lower() == ZIPPED else path, buffer_size=BUFFER, pre_buffer=False)
+        except (ArrowException, OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{name} is no parquet file, or is cut off: {_first_line(error)}") from None
+        with file:
+            yield file
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0].rstrip(".")
