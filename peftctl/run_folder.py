@@ -79,6 +79,7 @@ class RunFolder:
         if state is not None:
             notice(f"going on from step {state.progress.step}")
         self._rewind(state.progress.step if state is not None else 0, notice)
+        checkpoint.rotate(self.path, planned.recipe.train.keep)  # a kill may have come before the last save's own
         storage.write_file(self.path / "recipe.yaml", resolved(planned.recipe).encode())
         return state
 
