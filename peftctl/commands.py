@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftctl import recipe as recipes
 from peftctl.errors import InputError
+from peftctl.imports import importing
 
 if TYPE_CHECKING:
     from peftctl.base import Base
@@ -32,7 +33,8 @@ def train(
     if dry_run:
         planned = plan(wanted, chosen)
         return {"run": wanted.output, "steps": planned.steps, **planned.counts.document(by_module=False)}
-    from peftctl.run import train as run
+    with importing():
+        from peftctl.run import train as run
 
     return run(wanted, chosen)
 
@@ -125,7 +127,8 @@ def merge(
     trust_remote_code: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    from peftctl.merging import merge as run
+    with importing():
+        from peftctl.merging import merge as run
 
     with _bar("bytes of weights merged:", quiet) as progress:
         return run(
@@ -142,14 +145,16 @@ def merge(
 def export(
     adapter: str, output: Path, to: str, server: str | None, name: str, base: str | None, trust_remote_code: bool
 ) -> dict[str, Any]:
-    from peftctl.exporting import export as run
+    with importing():
+        from peftctl.exporting import export as run
 
     return run(adapter, output, to=to, server=server, name=name, base=base, trust_remote_code=trust_remote_code)
 
 
 def opened(path: str, base: str | None, device: str, trust_remote_code: bool) -> Opened:
     """The policy that a path means, loaded."""
-    from peftctl import opened as places
+    with importing():
+        from peftctl import opened as places
 
     found = places.find(path, base, trust_remote_code=trust_remote_code)
     return places.open(found, device=device, trust_remote_code=trust_remote_code)

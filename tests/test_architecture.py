@@ -13,7 +13,7 @@ from peftctl import methods
 PACKAGE = Path(methods.__file__).parent.parent
 # lower layers first; a module may import from its own layer and from those below it
 LAYERS = [
-    ["errors", "row", "skeleton", "qkv"],
+    ["errors", "imports", "row", "skeleton", "qkv"],
     ["batch", "surgery"],
     ["kernels"],
     ["methods", "objectives"],

@@ -102,14 +102,20 @@ def ceiling(workload: Workload, setting: Setting) -> dict[str, Any]:
     return found
 
 
-def run(arguments: Sequence[str], threads: int) -> tuple[float, int, str]:
-    """Seconds, peak resident bytes and stdout of a Python process of so many threads. Leaves when it fails."""
+def environment(threads: int) -> dict[str, str]:
+    """That of a process of so many threads, off the network."""
     count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    environment = {**os.environ, **count, **quiet, "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **count, **quiet, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run(arguments: Sequence[str], threads: int) -> tuple[float, int, str]:
+    """Seconds, peak resident bytes and stdout of a Python process of so many threads. Leaves when it fails."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         begun = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=err, cwd=ROOT, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdout=out, stderr=err, cwd=ROOT, env=environment(threads)
+        )
         _, status, usage = os.wait4(process.pid, 0)  # of this child alone
         seconds = time.perf_counter() - begun
         process.returncode = os.waitstatus_to_exitcode(status)

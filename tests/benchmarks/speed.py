@@ -1,7 +1,7 @@
 """How fast peftctl trains, against TRL + peft and against the machine.
 
 Usage: python -m tests.benchmarks.speed [--workload NAME]... [--rounds N] [--steps N] [--threads N] [--device D]
-       python -m tests.benchmarks.speed --peer WAY ... | --list | --growth | --ablation
+       python -m tests.benchmarks.speed --peer WAY ... | --list | --growth | --ablation | --start-up
 
 Each side is a process of its own, in turn, round after round; who begins changes from round to round. Both get the
 same encoded rows with the same labels in the same order, the same rank, optimizer, rate, dtype and threads. The peer
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from tests.benchmarks import studies
 from tests.benchmarks.sides import OURS, WARM_UP, Measured, Setting, ceiling, measured, peers
+from tests.benchmarks.start_up import start_up
 from tests.benchmarks.workloads import DEFAULT, WORKLOADS, Workload, available_memory
 
 PACKAGES = ("peftctl", "torch", "transformers", "trl", "peft")
@@ -147,6 +148,8 @@ def main() -> None:
     setting = Setting(given.steps, given.threads, given.device)
     print(machine(setting), flush=True)
     names = given.workload or DEFAULT[given.device]
+    if given.start_up:
+        return start_up(setting, given.rounds)
     if given.growth:
         return studies.growth(setting, given.rounds)
     if given.ablation:
@@ -168,6 +171,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="the workloads there are")
     parser.add_argument("--growth", action="store_true", help="our own time against the size of the job")
     parser.add_argument("--ablation", action="store_true", help="our own time with each switch off")
+    parser.add_argument("--start-up", action="store_true", help="our time to the first step against a mere import")
     parser.add_argument("--peer", metavar="WAY", help="of the peer's ways this one alone, as the table names it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help=f"of which the first {WARM_UP} do not count")
