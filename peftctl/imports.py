@@ -1,4 +1,4 @@
-"""Importing the large libraries in three quarters of the time."""
+"""Python's collector of cycles set to rest while much is made that is no garbage."""
 
 from __future__ import annotations
 
@@ -9,18 +9,29 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def importing() -> Iterator[None]:
-    """Within it, torch and transformers are imported with Python's collector of cycles off.
-
-    Modules are no garbage, but there are a million objects of them, which the collector would walk through time and
-    again as they grow. At the end they are set aside, so that it never does.
-    """
-    if "torch" in sys.modules or not gc.isenabled():
+def unswept() -> Iterator[None]:
+    """Within it the collector rests: it would walk through all that is being made time and again."""
+    if not gc.isenabled():
         yield
         return
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """The same for the import of torch and transformers, a quarter of whose time the collector would take.
+
+    They make a million objects, which are set aside at the end, so that the collector never walks through them.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    with unswept():
+        try:
+            yield
+        finally:
+            gc.freeze()

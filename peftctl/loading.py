@@ -12,6 +12,7 @@ from peftctl import model as models
 from peftctl.adapter import attach
 from peftctl.checkpoint import Progress, State
 from peftctl.fuse import affordable
+from peftctl.imports import unswept
 from peftctl.methods.attachment import Attachment
 from peftctl.opened import policy_of
 from peftctl.plan import Options, Plan
@@ -33,6 +34,7 @@ class Training(NamedTuple):
     progress: Progress
 
 
+@unswept()
 def load(planned: Plan, folder: RunFolder, state: State | None, options: Options) -> Training:
     """Base, deltas, reference and optimizer, as they are at the state's step (or at 0)."""
     recipe, settings = planned.recipe, planned.recipe.train
