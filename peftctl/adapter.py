@@ -10,7 +10,7 @@ from torch import nn
 from peftctl.methods._copies import copied
 from peftctl.methods.attachment import Attachment
 from peftctl.methods.base import Method, MethodConfig
-from peftctl.methods.whole import saved
+from peftctl.methods.whole import saved, whole
 from peftctl.surgery import device_of, skeleton
 
 
@@ -24,8 +24,10 @@ def attach(model: nn.Module, method: Method[Any], config: MethodConfig, seed: in
 
 
 def deltas(model: nn.Module, method: Method[Any], config: MethodConfig) -> Attachment:
-    """The method's deltas and copies of the saved modules, not yet hung on anything. Raises TargetError."""
-    attachment = method.attach(model, config)
+    """The method's deltas, copies of the saved modules and a task's head, not yet hung on anything. TargetError."""
+    attachment, table = method.attach(model, config), skeleton(model)
     if config.save_modules is not None:
-        attachment.extend(copied(model, saved(skeleton(model), config.save_modules, attachment.paths)))
+        attachment.extend(copied(model, saved(table, config.save_modules, attachment.paths)))
+    if table.added:
+        attachment.extend(copied(model, whole(table.added)))
     return attachment

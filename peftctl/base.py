@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from peftctl.errors import ModelError
+from peftctl.task import Task
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 SMALL = ["config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt", "special_tokens*"]
@@ -30,6 +31,7 @@ class Base(NamedTuple):
     config: Path  # its config.json
     weights: Path | None  # the folder that holds the safetensors
     tokenizer: Path | None  # the folder that holds tokenizer.json
+    task: Task | None = None  # what it is asked for; None for tokens
 
     def settings(self) -> dict[str, Any]:
         """The parsed config.json."""

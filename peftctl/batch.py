@@ -6,7 +6,7 @@ parent's last position, so labels belong to rows, not to tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -18,7 +18,10 @@ from peftctl.row import Row
 
 
 class Labels(NamedTuple):
-    """One entry a label, each (labels,): where it is predicted from, what it is, whose it is, what it counts."""
+    """One entry a label, each (labels,): where it is predicted from, what it is, whose it is, what it counts.
+
+    What it is: a token, or for a task's head a label's index or a number.
+    """
 
     source: Tensor
     target: Tensor
@@ -40,6 +43,7 @@ class Batch:
     examples: tuple[int, ...]
     rows: tuple[Row, ...]
     trimmed: bool = False  # whether what follows a row's last source is left out
+    types: Tensor | None = None  # (T,) of pairs of texts
 
     def __len__(self) -> int:
         """Number of tokens that are computed."""
@@ -62,6 +66,12 @@ class Batch:
         """Per row, the indices of its tokens along its path; on the CPU."""
         return [torch.cat([torch.arange(*self.spans[s]) for s in path]) for path in self.paths]
 
+    @cached_property
+    def firsts(self) -> Tensor:
+        """(labels,) index of the first token of each label's row."""
+        starts = torch.tensor([self.spans[path[0]][0] for path in self.paths], device=self.ids.device)
+        return starts[self.labels.row]
+
     def role(self, name: str) -> Tensor:
         """Indices of the rows with that role, in order."""
         found = [i for i, role in enumerate(self.roles) if role == name]
@@ -69,7 +79,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         labels = Labels(*(t.to(device) for t in self.labels))
-        moved = {name: getattr(self, name).to(device) for name in ("ids", "positions", "segment", "parent")}
+        named = ("ids", "positions", "segment", "parent", *(() if self.types is None else ("types",)))
+        moved = {name: getattr(self, name).to(device) for name in named}
         return replace(self, labels=labels, **moved)
 
     def only(self, *roles: str) -> Batch:
@@ -81,8 +92,14 @@ class Batch:
     def behind(self, length: int, share: str = "all") -> Batch:
         """The same rows and labels, each row behind so many placeholders (id 0) for tokens that have none."""
         before = (0,) * length
-        # a row's first token is predicted by nothing, and stays so
-        rows = [Row(before + r.ids, (0.0,) * (length + 1) + r.weights[1:], r.example, r.role) for r in self.rows]
+
+        def put(r: Row) -> Row:
+            # a row's first token is predicted by nothing, and stays so
+            weights = (*before, *r.weights) if r.targets else (*before, 0.0, *r.weights[1:])
+            rest = {"targets": before + r.targets if r.targets else (), "types": before + r.types if r.types else ()}
+            return r._replace(ids=before + r.ids, weights=weights, **rest)
+
+        rows = [put(row) for row in self.rows]
         return build(rows, share=share, trim=self.trimmed).to(self.ids.device)
 
     def unshared(self) -> Batch:
@@ -107,23 +124,25 @@ def build(rows: Sequence[Row], share: str = "all", trim: bool = False) -> Batch:
     starts = [0]
     for _, ids, _ in segments:
         starts.append(starts[-1] + len(ids))
+    tokens = [[starts[s] + k for s in p for k in range(len(segments[s][1]))] for p in paths]
     return Batch(
         ids=torch.tensor([i for _, ids, _ in segments for i in ids], dtype=torch.long),
         positions=torch.tensor([p + k for _, ids, p in segments for k in range(len(ids))], dtype=torch.long),
         segment=torch.tensor([s for s, (_, ids, _) in enumerate(segments) for _ in ids], dtype=torch.long),
         parent=torch.tensor([parent for parent, _, _ in segments], dtype=torch.long),
-        labels=_labels(whole, [[starts[s] + k for s in p for k in range(len(segments[s][1]))] for p in paths]),
+        labels=_labels(whole, tokens),
         paths=tuple(map(tuple, paths)),
         roles=tuple(row.role for row in whole),
         examples=tuple(row.example for row in whole),
         rows=tuple(whole),
         trimmed=trim,
+        types=_types(rows, tokens, starts[-1]),
     )
 
 
 def _trimmed(row: Row) -> Row:
     last = next((k for k in range(len(row.ids) - 1, 0, -1) if row.weights[k]), 1)
-    return Row(row.ids[:last], row.weights[:last], row.example, row.role)
+    return row.part(0, last + bool(row.targets))
 
 
 def _grow(
@@ -170,12 +189,29 @@ def _append(
 
 
 def _labels(rows: Sequence[Row], tokens: list[list[int]]) -> Labels:
-    entries = [
-        (tokens[r][k - 1], row.ids[k], r, row.weights[k])
-        for r, row in enumerate(rows)
-        for k in range(1, len(row.ids))
-        if row.weights[k]
-    ]
+    entries = [entry for r, row in enumerate(rows) for entry in _of(row, r, tokens[r])]
     source, target, owner, weight = zip(*entries, strict=True) if entries else ((), (), (), ())
-    whole = [torch.tensor(column, dtype=torch.long) for column in (source, target, owner)]
-    return Labels(whole[0], whole[1], whole[2], torch.tensor(weight, dtype=torch.float32))
+    exact = torch.float32 if any(isinstance(value, float) for value in target) else torch.long
+    places = [torch.tensor(column, dtype=torch.long) for column in (source, owner)]
+    values = [torch.tensor(target, dtype=exact), torch.tensor(weight, dtype=torch.float32)]
+    return Labels(places[0], values[0], places[1], values[1])
+
+
+def _of(row: Row, number: int, tokens: list[int]) -> Iterator[tuple[int, float, int, float]]:
+    """Source, target, row and weight of each label of a row."""
+    if row.targets:
+        places = (k for k, weight in enumerate(row.weights) if weight)
+        yield from ((tokens[k], row.targets[k], number, row.weights[k]) for k in places)
+    else:
+        places = (k for k in range(1, len(row.ids)) if row.weights[k])
+        yield from ((tokens[k - 1], row.ids[k], number, row.weights[k]) for k in places)
+
+
+def _types(rows: Sequence[Row], tokens: list[list[int]], total: int) -> Tensor | None:
+    if not any(row.types for row in rows):
+        return None
+    types = [0] * total
+    for row, places in zip(rows, tokens, strict=True):
+        for place, kind in zip(places, row.types, strict=False):  # none of a row without types
+            types[place] = kind
+    return torch.tensor(types, dtype=torch.long)

@@ -89,6 +89,7 @@ def count_params(
     from peftctl import base as bases
     from peftctl import methods
     from peftctl.counting import count
+    from peftctl.plan import asked
 
     if by not in (None, "module"):
         raise InputError(f"--by {by}: only module is known")
@@ -96,7 +97,7 @@ def count_params(
         raise InputError("count-params: --base and --method stand in for a RECIPE; with one, use --set model.name=...")
     if path is not None:
         wanted = recipes.load(path, overrides)
-        resolved = _counted_base(wanted, trust_remote_code)
+        resolved = asked(wanted, _counted_base(wanted, trust_remote_code))[1]
         config = wanted.method
     elif base is not None and method is not None:
         resolved = bases.resolve(base, need="config", trust_remote_code=trust_remote_code)

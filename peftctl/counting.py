@@ -12,7 +12,8 @@ from peftctl.model import skeleton
 
 
 class Counts(NamedTuple):
-    """Numbers of parameters. `trainable` is adapter and saved modules; `total` is base and trainable."""
+    """Numbers of parameters. `trainable` is adapter and saved modules, a task's head among them; `total` is base and
+    trainable."""
 
     adapter: int
     saved_modules: int
@@ -34,6 +35,7 @@ def count(base: Base, method: Method[Any], config: MethodConfig, *, trust_remote
     table = skeleton(base, trust_remote_code=trust_remote_code)
     counted = method.count(table, config)
     whole = saved(table, config.save_modules, counted.places).sizes(table)
+    whole |= {m.path: m.parameters() for m in table.added if m.shapes}
     own, beside, total = counted.total, sum(whole.values()), table.parameters()
     trainable = own + beside
     percent = 100 * trainable / (trainable + total)

@@ -25,7 +25,7 @@ from peftctl.policy import Policy, swapped
 from peftctl.row import Row
 from peftctl.surgery import device_of, skeleton
 
-Known = Callable[[tuple[int, ...]], Tensor | None]  # a row's ids -> (tokens, d), as the frozen blocks answer
+Known = Callable[[Row], Tensor | None]  # (tokens, d) of a row, as the frozen blocks answer
 
 
 class Frozen:
@@ -81,12 +81,12 @@ class Frozen:
 
     @torch.no_grad()
     def _fault(self, rows: Sequence[Row]) -> str | None:
-        known = {row.ids: answer for row, answer in zip(rows, self.answers(rows), strict=True)}
+        known = {row: answer for row, answer in zip(rows, self.answers(rows), strict=True)}
         trained = self.policy.attachment.trainable()
         generator = torch.Generator().manual_seed(0)
         with swapped(trained, {n: torch.randn(p.shape, generator=generator).to(p) for n, p in trained.items()}):
             moved = self._answers(rows)
-        if not all(torch.equal(answer, known[row.ids]) for row, answer in zip(rows, moved, strict=True)):
+        if not all(torch.equal(answer, known[row]) for row, answer in zip(rows, moved, strict=True)):
             return "they change with the adapter"
         batch = build(rows).to(device_of(self.policy.model))
         expected = self.policy.row_hidden(batch)
@@ -115,7 +115,7 @@ class Frozen:
 
     @contextmanager
     def _skipped(self, known: Known, batch: Batch) -> Iterator[None]:
-        states = [known(row.ids) for row in batch.rows]
+        states = [known(row) for row in batch.rows]
         there = [state for state in states if state is not None]
         if len(there) < len(states):
             yield

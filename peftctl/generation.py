@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftctl.batch import build
+from peftctl.errors import ModelError
 from peftctl.methods.attachment import Virtual
 from peftctl.policy import Policy, cache_of
 from peftctl.row import Row
@@ -29,6 +30,8 @@ def generate(
     on_token: Callable[[int], None] = lambda token: None,
 ) -> list[int]:
     """New token ids after a prompt, the end token included; greedy at temperature 0."""
+    if policy.task_head is not None:
+        raise ModelError(f"{type(policy.model).__name__} scores rows and generates no text: measure it with peftctl eval")
     policy.eval()
     torch.manual_seed(seed)
     prompt, extra = _prompt(policy, ids)

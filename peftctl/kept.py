@@ -114,6 +114,7 @@ def rows_key(groups: Groups, share: str) -> str:
         digest.update(json.dumps([len(row.ids) for row in group]).encode())
         for row in group:
             digest.update(array("q", row.ids).tobytes() + array("d", row.weights).tobytes())
+            digest.update(array("q", row.types).tobytes())
     return digest.hexdigest()
 
 

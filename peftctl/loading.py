@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from peftctl import checkpoint, methods, objectives, optim
 from peftctl import model as models
@@ -20,6 +22,7 @@ from peftctl.policy import Policy, Reference, checkpointed, frozen_copy
 from peftctl.reference import reference_of
 from peftctl.run_folder import RunFolder
 from peftctl.schema import TrainConfig
+from peftctl.skeleton import dotted
 from peftctl.surgery import without_dropout
 
 
@@ -50,7 +53,7 @@ def load(planned: Plan, folder: RunFolder, state: State | None, options: Options
         checkpointed(model)
     attachment = attach(model, methods.get(recipe.method.name), recipe.method, settings.seed)
     if planned.start is not None:
-        attachment.load(planned.start.tensors, str(recipe.method.init_from))
+        attachment.load(_with_head(planned.start.tensors, attachment, planned), str(recipe.method.init_from))
     start = frozen_copy(attachment)
     policy = policy_of(model, attachment, planned.skeleton.dimensions.layers, recipe.model.layout, folder.layout())
     if settings.fuse:
@@ -72,6 +75,14 @@ def load(planned: Plan, folder: RunFolder, state: State | None, options: Options
     progress = Progress() if state is None else _restore(attachment, optimizer, state)
     policy.train()
     return Training(policy, attachment, start, reference, optimizer, progress)
+
+
+def _with_head(tensors: Mapping[str, Tensor], attachment: Attachment, planned: Plan) -> Mapping[str, Tensor]:
+    """An adapter's values; of one that was trained without a head, as for dialogues, the head stays as it was drawn."""
+    head = {dotted(module.path, name) for module in planned.skeleton.added for name in module.shapes}
+    if any(name in head for name in tensors):
+        return tensors
+    return {name: tensor for name, tensor in attachment.tensors().items() if name in head} | dict(tensors)
 
 
 def _packed(settings: TrainConfig, model: Any) -> bool:

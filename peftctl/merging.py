@@ -81,7 +81,7 @@ def _difference(found: Found, output: Path, trust_remote_code: bool) -> tuple[fl
     """
     dtype = "float32" if found.skeleton.parameters() <= SMALL else "auto"
     expected = _logits(found, dtype, trust_remote_code)
-    merged = Found(bases.resolve(str(output)), found.skeleton, None, found.tokenizer)
+    merged = Found(bases.resolve(str(output))._replace(task=found.base.task), found.skeleton, None, found.tokenizer)
     error = _logits(merged, dtype, trust_remote_code) - expected
     difference, largest = float(error.abs().max()), float(expected.abs().max())
     if not float(error.norm()) <= BROKEN * float(expected.norm()):

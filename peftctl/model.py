@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from peftctl.base import Base, cache_folder
 from peftctl.errors import ModelError
+from peftctl.formats.shards import shards
 from peftctl.skeleton import Dimensions, Module, Skeleton
+from peftctl.task import TASKS, labelled
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +27,7 @@ def load(base: Base, dtype: str, device: str, seed: int, *, trust_remote_code: b
     _quiet()
     wanted = _dtype(dtype, device)
     model = _random(base, wanted, seed) if base.weights is None else _stored(base, wanted, trust_remote_code)
-    return frozen(model).to(device).eval()
+    return frozen(_widened(model)).to(device).eval()
 
 
 def device(name: str) -> str:
@@ -65,16 +67,30 @@ def _kept(path: Path) -> Skeleton | None:
 
 
 def _key(base: Base) -> str:
-    return hashlib.sha256(base.config.read_bytes() + f"|1|{version('transformers')}".encode()).hexdigest()[:24]
+    asked = f"|2|{version('transformers')}"
+    if base.task is not None:
+        asked += f"|{base.task.name}|{len(base.task.labels)}|{_holds_pooler(base)}"
+    return hashlib.sha256(base.config.read_bytes() + asked.encode()).hexdigest()[:24]
 
 
 def _write(table: Skeleton) -> dict[str, Any]:
-    return table._asdict() | {"dimensions": table.dimensions._asdict(), "modules": [list(m) for m in table.modules]}
+    modules = {name: [list(m) for m in getattr(table, name)] for name in ("modules", "added")}
+    return table._asdict() | {"dimensions": table.dimensions._asdict(), **modules}
 
 
 def _read(stored: dict[str, Any]) -> Skeleton:
-    modules = tuple(Module(p, k, t, {n: tuple(s) for n, s in shapes.items()}) for p, k, t, shapes in stored["modules"])
-    return Skeleton(**(stored | {"modules": modules, "dimensions": Dimensions(**stored["dimensions"])}))
+    modules = {
+        name: tuple(Module(p, k, t, {n: tuple(s) for n, s in shapes.items()}) for p, k, t, shapes in stored[name])
+        for name in ("modules", "added")
+    }
+    return Skeleton(**(stored | modules | {"dimensions": Dimensions(**stored["dimensions"])}))
+
+
+def _holds_pooler(base: Base) -> bool:
+    """Whether a base's files hold what some families put between the trunk and a head; files without it are many."""
+    if base.weights is None:
+        return True
+    return any(".pooler." in f".{entry.name}" for shard in shards(base.weights) for entry in shard.entries)
 
 
 def _quiet() -> None:
@@ -100,23 +116,56 @@ def _config(base: Base, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     settings = base.settings()
+    names = {} if base.task is None else labelled(base.task)
+    if names:
+        settings = {k: v for k, v in settings.items() if k not in ("num_labels", "problem_type")} | names
     try:
         if trust_remote_code and base.weights is not None:
-            return AutoConfig.from_pretrained(base.weights, trust_remote_code=True)
+            return AutoConfig.from_pretrained(base.weights, trust_remote_code=True, **names)
         return AutoConfig.for_model(**settings)
     except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         said = " ".join(str(error).split())
         raise ModelError(f"{base.name}: transformers {version('transformers')} cannot use its config: {said}") from None
 
 
-def _from_config(base: Base, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
+def _auto(base: Base) -> Any:
+    import transformers
 
+    return getattr(transformers, f"AutoModel{TASKS['causal-lm' if base.task is None else base.task.name]}")
+
+
+def _from_config(base: Base, trust_remote_code: bool) -> Any:
     config = _config(base, trust_remote_code)
     try:
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return _marked(_auto(base).from_config(config, trust_remote_code=trust_remote_code), base)
     except ValueError as error:
-        raise ModelError(f"{base.name} ({config.model_type}) cannot be built: {_line(error)}") from None
+        raise ModelError(f"{base.name} ({config.model_type}) cannot be built: {_line(error, base)}") from None
+
+
+def _marked(model: Any, base: Base) -> Any:
+    """The model, told what of its trunk the base's files do not hold: it belongs to the head then."""
+    from peftctl.surgery import NEW
+
+    if base.task is not None and not _holds_pooler(base):
+        prefix = model.base_model_prefix
+        setattr(model, NEW, tuple(f"{prefix}.{n}" for n, _ in model.base_model.named_children() if n == "pooler"))
+    return model
+
+
+def _widened(model: Any) -> Any:
+    """The model with a task's head in fp32, whatever the rest is: it is new, and small."""
+    import torch
+
+    from peftctl.surgery import head_of_task
+
+    def cast(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(a.to(next(module.parameters()).dtype) if isinstance(a, torch.Tensor) else a for a in args)
+
+    for path in head_of_task(model):
+        module = model.get_submodule(path)
+        module.to(torch.promote_types(next(module.parameters()).dtype, torch.float32))
+        module.register_forward_pre_hook(cast)
+    return model
 
 
 def empty(base: Base, *, trust_remote_code: bool = False) -> Any:
@@ -144,10 +193,11 @@ def _random(base: Base, dtype: torch.dtype | str, seed: int) -> Any:
 
 def _stored(base: Base, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+
+    from peftctl.surgery import head_of_task
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _auto(base).from_pretrained(
             base.weights,
             config=_config(base, trust_remote_code),
             dtype=dtype,
@@ -155,16 +205,27 @@ def _stored(base: Base, dtype: torch.dtype | str, trust_remote_code: bool) -> An
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=base.task is not None,  # a head for other labels is a new one
         )
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{base.name} cannot be loaded: {_line(error)}") from None
-    missing = sorted(info["missing_keys"])
+        raise ModelError(f"{base.name} cannot be loaded: {_line(error, base)}") from None
+    head = tuple(f"{path}." for path in head_of_task(_marked(model, base)))
+    _require_same(base, [name for name, *_ in info["mismatched_keys"] if not name.startswith(head)])
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(head))
     if missing:
         raise ModelError(f"{base.name} lacks {len(missing)} tensors of its architecture: {', '.join(missing[:5])}")
     return model
 
 
-def _line(error: Exception) -> str:
+def _require_same(base: Base, mismatched: list[str]) -> None:
+    if mismatched:
+        raise ModelError(f"{base.name} cannot be loaded: {mismatched[0]} has another shape than its config says")
+
+
+def _line(error: Exception, base: Base) -> str:
     said = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    unserved = said.startswith("Unrecognized configuration class")
-    return "it is no causal language model, and others are not served" if unserved else said
+    if not said.startswith("Unrecognized configuration class"):
+        return said
+    if base.task is not None:
+        return f"transformers has no {base.task.name} of its kind"
+    return "it is no causal language model; model.task may ask for another use"

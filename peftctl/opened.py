@@ -10,6 +10,7 @@ from peftctl import base as bases
 from peftctl import model as models
 from peftctl.data.chat import Chat
 from peftctl.errors import FormatError, ModelError
+from peftctl.task import task_of
 
 if TYPE_CHECKING:
     from peftctl.formats.peft import Adapter
@@ -40,12 +41,14 @@ def find(path: str, base: str | None = None, *, trust_remote_code: bool = False)
     folder = adapter_folder(path)
     if folder is None:
         resolved = bases.resolve(path, trust_remote_code=trust_remote_code)
+        resolved = resolved._replace(task=task_of(resolved.settings()))
         skeleton = models.skeleton(resolved, trust_remote_code=trust_remote_code)
         return Found(resolved, skeleton, None, _tokenizer(resolved.tokenizer, path))
     name, revision = peft.base_of(folder)
     if base is None and name is None:
         raise FormatError(f"{folder} does not say what its base is: name it with --base")
     resolved = bases.resolve(base or str(name), None if base else revision, trust_remote_code=trust_remote_code)
+    resolved = peft.asked(resolved, folder)
     skeleton = models.skeleton(resolved, trust_remote_code=trust_remote_code)
     own = folder if (folder / "tokenizer.json").is_file() else resolved.tokenizer
     return Found(resolved, skeleton, peft.read(folder, skeleton), _tokenizer(own, path))
@@ -75,10 +78,12 @@ def policy_of(
     from peftctl.layout import choose
     from peftctl.methods.attachment import Attachment
     from peftctl.policy import Policy
+    from peftctl.scores import task_head_of
 
     attachment = attachment if attachment is not None else Attachment()
     with attachment.disabled():
-        return Policy(model, attachment, fixed or choose(model, layers, layout), head_of(model))
+        chosen = fixed or choose(model, layers, layout)
+        return Policy(model, attachment, chosen, head_of(model), task_head_of(model))
 
 
 def adapter_folder(path: str) -> Path | None:

@@ -31,6 +31,6 @@ def penalised(objective: Objective[Any], attachment: Attachment) -> Objective[An
         if penalty is None or not torch.is_grad_enabled():
             return found._replace(terms=(*found.terms, Term(torch.zeros((), device=batch.ids.device))))
         metric = (penalty.detach(), torch.ones_like(penalty.detach()))
-        return Loss((*found.terms, Term(penalty * weight)), found.metrics | {"penalty": metric})
+        return found._replace(terms=(*found.terms, Term(penalty * weight)), metrics=found.metrics | {"penalty": metric})
 
     return replace(objective, weights=weights, loss=loss)

@@ -17,6 +17,7 @@ from peftctl.errors import DataError, InputError, ModelError
 from peftctl.recipe import shared_folder
 from peftctl.schema import Recipe
 from peftctl.skeleton import Skeleton
+from peftctl.task import Task
 
 if TYPE_CHECKING:
     from peftctl.formats.peft import Adapter
@@ -54,6 +55,7 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     """Check recipe, base, data and targets against each other. Raises InputError."""
     trust = options.trust_remote_code
     base, chat = base_and_chat(recipe, trust_remote_code=trust, now=options.now)
+    recipe, base = asked(recipe, base)
     counts = count(base, methods.get(recipe.method.name), recipe.method, trust_remote_code=trust)
     skeleton = models.skeleton(base, trust_remote_code=trust)
     data = prepare(recipe, chat, objectives.get(recipe.objective.name), skeleton.dimensions.vocabulary)
@@ -65,6 +67,13 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     warmup_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
     output = Path(recipe.output)
     return Plan(recipe, output, base, skeleton, chat, data, counts, start, reference, examples, steps, warmup_steps)
+
+
+def asked(recipe: Recipe, base: bases.Base) -> tuple[Recipe, bases.Base]:
+    """The recipe with what its data decides filled in, and the base with the head that it asks for. DataError."""
+    objective = objectives.get(recipe.objective.name)
+    labels = objective.labels(recipe.objective)
+    return recipe, base._replace(task=Task(objective.task, labels)) if labels else base
 
 
 def _fit(data: Prepared, base: bases.Base, virtual: int) -> None:

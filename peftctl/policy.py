@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from peftctl.kernels.rectangles import Plan
 from peftctl.kernels.token_stats import token_stats
 from peftctl.methods.attachment import Attachment, Virtual
 from peftctl.objectives.base import TokenStats
+from peftctl.scores import TaskHead
 
 
 class Layout(NamedTuple):
@@ -41,18 +42,29 @@ class Layout(NamedTuple):
 class Policy(nn.Module):
     """A frozen model and the deltas attached to it. `forward` is trunk and head in one, so that it can be sharded."""
 
-    def __init__(self, model: nn.Module, attachment: Attachment, layout: Layout, head: Head | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        attachment: Attachment,
+        layout: Layout,
+        head: Head | None,
+        task_head: TaskHead | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.attachment = attachment
         self.layout = layout
         self.head = head
+        self.task_head = task_head
         # what a pass over a batch runs in: `frozen.py` puts what it knows in the place of the lowest blocks
         self.below: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext()
         self.packed = False  # whether the kernels keep copies of the matrices in the device's own order
         self.attention_calls = 0  # how often the last forest asked for attention: what the layout check compares
 
-    def forward(self, batch: Batch) -> TokenStats:
+    def forward(self, batch: Batch, want: str = "tokens") -> TokenStats | Tensor:
+        """`want`: `tokens`, or `scores` of a task's head."""
+        if want == "scores":
+            return self._scores(batch)
         if self.head is None:
             raise ModelError(f"{type(self.model).__name__} has no output head that predicts tokens")
         hidden, places = self.hidden(batch)
@@ -60,6 +72,12 @@ class Policy(nn.Module):
         trained = any(path.startswith(tuple(self.head.paths)) for path in self.attachment.paths)
         frozen = None if trained else self.head.frozen
         return TokenStats(*token_stats(at_labels, batch.labels.target, self.head, self.head.vocabulary, frozen))
+
+    def _scores(self, batch: Batch) -> Tensor:
+        if self.task_head is None:
+            raise ModelError(f"{type(self.model).__name__} has no head that scores rows or tokens")
+        hidden, places = self.hidden(batch, first=self.task_head.reads == "first")
+        return self.task_head(hidden[places])
 
     def fuse(self, *, pack: bool) -> None:
         """Go on with the fast kernels in place of the plain ones."""
@@ -78,13 +96,26 @@ class Policy(nn.Module):
         answer: TokenStats = self(batch)
         return answer
 
-    def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The trunk's last hidden states (N, d), and for each label the index of its source among them."""
+    def row_scores(self, batch: Batch) -> Tensor:
+        """Per row of the batch, each of which has one label, what the task's head says: (rows, outputs), fp32."""
+        answer: Tensor = self(batch, "scores")
+        return answer
+
+    def token_scores(self, batch: Batch) -> Tensor:
+        """Per label of the batch, what the task's head says at its token: (labels, outputs), fp32."""
+        answer: Tensor = self(batch, "scores")
+        return answer
+
+    def hidden(self, batch: Batch, first: bool = False) -> tuple[Tensor, Tensor]:
+        """The trunk's last hidden states (N, d), and for each label the index of its source among them.
+
+        `first`: that of its row's first token instead, a virtual one where there are any that are run.
+        """
         virtual = self.attachment.virtual()
         batch = self._laid_out(batch, virtual)
         if self.layout.name == "padded":
-            return self._padded(batch, virtual)
-        return self._forest(batch, virtual), batch.labels.source
+            return self._padded(batch, virtual, first)
+        return self._forest(batch, virtual), batch.firsts if first else batch.labels.source
 
     def row_hidden(self, batch: Batch) -> list[Tensor]:
         """The trunk's last hidden states row by row, (length, d) each; what a test or a layout check compares."""
@@ -119,25 +150,27 @@ class Policy(nn.Module):
         positions = batch.positions + length + self.layout.first_position
         with attention.running(self.model, state), self.below(batch):
             inputs = self._inputs(batch.ids[None], batch.positions[None], virtual)
-            output = self.trunk(**inputs, **self._positions(positions[None]), **self._no_cache)
+            types = self._types(None if batch.types is None else batch.types[None])
+            output = self.trunk(**inputs, **types, **self._positions(positions[None]), **self._no_cache)
         self.attention_calls = state.calls
         return last_hidden(output)[0]
 
-    def _padded(self, batch: Batch, virtual: Virtual | None) -> tuple[Tensor, Tensor]:
+    def _padded(self, batch: Batch, virtual: Virtual | None, first: bool = False) -> tuple[Tensor, Tensor]:
         rows, device = batch.rows, batch.ids.device
         width = max(len(row.ids) for row in rows)
         lengths = torch.tensor([len(row.ids) for row in rows], device=device)
         real = torch.arange(width, device=device) < lengths[:, None]
-        ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
-        ids[real] = torch.tensor([i for row in rows for i in row.ids], device=device)
+        ids = _rectangle([row.ids for row in rows], real)
+        types = None if batch.types is None else _rectangle([row.types or (0,) * len(row.ids) for row in rows], real)
         length = virtual.held if virtual is not None else 0
         mask = torch.cat([real.new_ones(len(rows), length), real], dim=1).long()
         places_in_row = torch.arange(width, device=device).expand(len(rows), -1)
         extra = self._positions(places_in_row + length + self.layout.first_position) | self._no_cache
+        extra |= self._types(types)
         if virtual is not None and length:
             extra = extra | {self._cache_name: cache_of(virtual, len(rows)), "use_cache": True}
         output = self.trunk(**self._inputs(ids, places_in_row, virtual), attention_mask=mask, **extra)
-        places = batch.labels.row * width + batch.positions[batch.labels.source]
+        places = batch.labels.row * width + (0 if first else batch.positions[batch.labels.source])
         return last_hidden(output).flatten(0, 1), places
 
     @property
@@ -162,6 +195,18 @@ class Policy(nn.Module):
 
     def _positions(self, positions: Tensor) -> dict[str, Tensor]:
         return {"position_ids": positions} if "position_ids" in self._accepted else {}
+
+    def _types(self, types: Tensor | None) -> dict[str, Tensor]:
+        # others take them for tokens (GPT-2), or not at all
+        known = (getattr(self.model.config, "type_vocab_size", 0) or 0) > 1  # type: ignore[union-attr]
+        return {"token_type_ids": types} if types is not None and known and "token_type_ids" in self._accepted else {}
+
+
+def _rectangle(values: Sequence[Sequence[int]], real: Tensor) -> Tensor:
+    """The values of each row in a rectangle, at its `real` places; 0 elsewhere."""
+    found = torch.zeros(real.shape, dtype=torch.long, device=real.device)
+    found[real] = torch.tensor([value for row in values for value in row], device=real.device)
+    return found
 
 
 def last_hidden(output: Any) -> Tensor:

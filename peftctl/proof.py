@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftctl.adapter import attach
-from peftctl.batch import build
+from peftctl.batch import Batch, build
 from peftctl.errors import TrainingError
 from peftctl.policy import Policy
 from peftctl.surgery import device_of
@@ -23,7 +23,7 @@ EXAMPLES = 2
 
 class Proof(NamedTuple):
     moved: int  # tensors that differ from their start
-    max_difference: float  # between log-probabilities in memory and from the file
+    max_difference: float  # between log-probabilities (or scores) in memory and from the file
     seconds: float
 
 
@@ -53,11 +53,15 @@ def _difference(policy: Policy, planned: Plan, written: Path) -> float:
     # both sides by the plain hooks, so that a difference is the file's
     policy.attachment.remove()
     policy.attachment.install(policy.model)
-    expected = policy.tokens(batch).logprob
+    expected = _answers(policy, batch)
     adapter = peft.read(written, planned.skeleton)
     policy.attachment.remove()
     # the base was never changed, so a fresh attachment on it is a fresh base with the file's adapter
     fresh = attach(policy.model, adapter.method, adapter.config, planned.recipe.train.seed)
     fresh.load(adapter.tensors, str(written))
-    found = Policy(policy.model, fresh, policy.layout, policy.head).eval().tokens(batch).logprob
-    return float((found - expected).abs().max())
+    again = Policy(policy.model, fresh, policy.layout, policy.head, policy.task_head).eval()
+    return float((_answers(again, batch) - expected).abs().max())
+
+
+def _answers(policy: Policy, batch: Batch) -> Tensor:
+    return policy.tokens(batch).logprob if policy.task_head is None else policy.token_scores(batch)

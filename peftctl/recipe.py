@@ -186,7 +186,8 @@ def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
     if data and objective and data.format not in {"auto", *objectives.get(objective.name).kinds}:
         kinds = " or ".join(sorted(objectives.get(objective.name).kinds))
         yield at("data.format", f"{data.format} does not suit objective {objective.name}, which learns from {kinds}")
-    if model and model.task != "causal-lm":
-        yield at("model.task", f"{model.task!r} is not served; causal-lm is")
+    if model and objective and model.task != objectives.get(objective.name).task:
+        needed = objectives.get(objective.name).task
+        yield at("model.task", f"{model.task} does not suit objective {objective.name}, which needs {needed}")
     if model and model.quantize is not None:
         yield at("model.quantize", "is not served: leave it null")

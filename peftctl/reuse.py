@@ -48,14 +48,14 @@ class Reuse(Kept):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nobody can write to them is as it should be
             states = torch.frombuffer(self.content, dtype=self.dtype).view(-1, self.width)
-        places, start = dict[tuple[int, ...], int](), 0
+        places, start = dict[object, int](), 0
         for row in (row for group in self.groups for row in group):
-            places[row.ids] = start
+            places[row.ids, row.types] = start
             start += len(row.ids)
 
-        def known(ids: tuple[int, ...]) -> Tensor | None:
-            place = places.get(ids)
-            return None if place is None else states[place : place + len(ids)]
+        def known(row: Row) -> Tensor | None:
+            place = places.get((row.ids, row.types))
+            return None if place is None else states[place : place + len(row.ids)]
 
         with self.frozen.passed_over(known):
             yield

@@ -5,16 +5,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """One path of a micro-batch. `weights[i]` is what predicting `ids[i]` counts; 0 where it is no label."""
+    """One path of a micro-batch. `weights[i]` is what predicting `ids[i]` counts; 0 where it is no label.
+
+    A row for a task's head has `targets`, as many as tokens: what is to be answered *at* token i counts `weights[i]`
+    and is `targets[i]`, a label's index or a number. What is said of the whole row stands at its last token.
+    """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
     example: int = 0  # index of the example it comes from; a pair's two rows share it
     role: str = ""  # "", "chosen", "rejected", "desirable", "undesirable", "mismatched"
+    targets: tuple[float, ...] = ()
+    types: tuple[int, ...] = ()  # which of a pair's texts each token belongs to, where an encoder is told
+
+    def part(self, start: int, end: int) -> Row:
+        """Some of its tokens."""
+        cut = {name: getattr(self, name)[start:end] for name in ("ids", "weights", "targets", "types")}
+        return self._replace(**cut)
+
+
+def judged(ids: tuple[int, ...], target: float = 0, **more: Any) -> Row:
+    """A row of which one thing is to be said as a whole."""
+    before = len(ids) - 1
+    return Row(ids, (*(0.0,) * before, 1.0), targets=(*(0,) * before, target), **more)
 
 
 class Message(NamedTuple):

@@ -106,7 +106,7 @@ def _with_weights(planned: Plan, folder: RunFolder) -> Plan:
         with written_aside(target) as temporary:
             model.save_pretrained(temporary)
             planned.chat.save(temporary)
-    return planned._replace(base=bases.resolve(str(target.resolve())))
+    return planned._replace(base=bases.resolve(str(target.resolve()))._replace(task=planned.base.task))
 
 
 def _choices(training: Training, kept: Sequence[Reuse | Remembered]) -> dict[str, Any]:

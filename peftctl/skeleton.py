@@ -32,6 +32,9 @@ class Module(NamedTuple):
         """Width of the output; for an embedding, the width of a row."""
         return self.shapes["weight"][0 if self.kind == "Linear" else 1]
 
+    def parameters(self) -> int:
+        return sum(map(prod, self.shapes.values()))
+
     @property
     def in_features(self) -> int:
         """Width of the input; for an embedding, the number of rows."""
@@ -50,12 +53,15 @@ class Dimensions(NamedTuple):
 
 
 class Skeleton(NamedTuple):
+    """`added`: the modules of a task's head. No base brings them, so no method finds them among `modules`."""
+
     architecture: str  # class name, as in config.json's `architectures`
     model_type: str
     modules: tuple[Module, ...]
     tied: dict[str, str]  # full name of an alias -> full name of the parameter it shares
     head: str | None  # path of the output head
     dimensions: Dimensions
+    added: tuple[Module, ...] = ()
 
     def __getitem__(self, path: str) -> Module:  # type: ignore[override]
         """The module at a dotted path; raises KeyError."""

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftctl.skeleton import Dimensions, Module, Skeleton, dotted
+from peftctl.task import HEADED
+
+NEW = "_peftctl_new"  # attribute of a model: paths of modules of its trunk that its files do not hold
 
 
 def find(model: nn.Module, path: str) -> nn.Module:
@@ -38,7 +41,8 @@ def skeleton(model: nn.Module) -> Skeleton:
     config: Any = model.config
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
-    modules = []
+    head = head_of_task(model)
+    modules, added = [], []
     for path, module in model.named_modules():
         shapes = {}
         for name, parameter in module.named_parameters(recurse=False):
@@ -46,7 +50,8 @@ def skeleton(model: nn.Module) -> Skeleton:
             shapes[name] = tuple(parameter.shape)
             if first.setdefault(id(parameter), full) != full:
                 tied[full] = first[id(parameter)]
-        modules.append(Module(path, kind_of(module), type(module).__name__, shapes))
+        inside = any(f"{path}.".startswith(f"{part}.") for part in head)
+        (added if inside else modules).append(Module(path, kind_of(module), type(module).__name__, shapes))
     return Skeleton(
         architecture=type(model).__name__,
         model_type=config.model_type,
@@ -54,7 +59,16 @@ def skeleton(model: nn.Module) -> Skeleton:
         tied=tied,
         head=head_path(model),
         dimensions=dimensions(config),
+        added=tuple(added),
     )
+
+
+def head_of_task(model: Any) -> list[str]:
+    """Paths of the modules that make up a task's head: what lies outside the trunk, and what `NEW` names inside it."""
+    if not type(model).__name__.endswith(tuple(HEADED.values())):
+        return []
+    outside = [path for path, module in model.named_children() if module is not model.base_model]
+    return [path for path in outside if list(model.get_submodule(path).parameters())] + list(getattr(model, NEW, ()))
 
 
 def head_path(model: nn.Module) -> str | None:

@@ -13,12 +13,12 @@ from peftctl import methods
 PACKAGE = Path(methods.__file__).parent.parent
 # lower layers first; a module may import from its own layer and from those below it
 LAYERS = [
-    ["errors", "imports", "row", "skeleton", "qkv"],
+    ["errors", "imports", "row", "task", "skeleton", "qkv"],
     ["batch", "surgery"],
     ["kernels"],
     ["methods", "objectives"],
     ["located", "composed", "blame", "schema", "recipe", "storage", "lock"],
-    ["base", "data", "fuse", "head", "policy", "layout", "formats"],
+    ["base", "data", "fuse", "head", "scores", "policy", "layout", "formats"],
     ["model", "adapter", "checkpoint", "counting", "generation", "merge", "opened", "optim", "report", "signals"],
     ["guards"],
     ["states", "frozen"],

@@ -63,8 +63,8 @@ def found(policy: Policy) -> Frozen:
     return frozen
 
 
-def known(frozen: Frozen, of: Sequence[Row]) -> Callable[[tuple[int, ...]], Tensor | None]:
-    return {row.ids: answer for row in of for answer in frozen.answers([row])}.get
+def known(frozen: Frozen, of: Sequence[Row]) -> Callable[[Row], Tensor | None]:
+    return {row: answer for row in of for answer in frozen.answers([row])}.get
 
 
 def gradients(policy: Policy, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,14 @@ def _packed(dataset: Dataset, report: Report) -> bytes:
     rows = list(chain.from_iterable(dataset.examples))
     values = sorted(set().union(*(row.weights for row in rows)))
     index = {value: number for number, value in enumerate(values)}
+    heads = [[row.targets, row.types] for row in rows]
     document = {
         "dataset": [dataset.name, dataset.places, dataset.fingerprint],
         "report": report._asdict(),
         "examples": [len(own) for own in dataset.examples],
         "rows": [(row.role, len(row.ids)) for row in rows],
         "weights": values,
+        "heads": heads if any(any(one) for one in heads) else [],
     }
     numbers = array("I", chain.from_iterable(row.ids for row in rows))
     numbers.extend(map(index.__getitem__, chain.from_iterable(row.weights for row in rows)))
@@ -116,9 +118,10 @@ def _unpacked(data: bytes) -> Loaded:
 
 def _rows(document: dict[str, Any], numbers: array[int]) -> Iterator[Row]:
     values, middle, start = document["weights"], len(numbers) // 2, 0
-    for role, length in document["rows"]:
-        weights = numbers[middle + start : middle + start + length]
-        yield Row(tuple(numbers[start : start + length]), tuple(map(values.__getitem__, weights)), 0, role)
+    heads = document["heads"] or repeat(((), ()))
+    for (role, length), (targets, types) in zip(document["rows"], heads, strict=False):
+        weights = tuple(map(values.__getitem__, numbers[middle + start : middle + start + length]))
+        yield Row(tuple(numbers[start : start + length]), weights, 0, role, tuple(targets), tuple(types))
         start += length
 
 

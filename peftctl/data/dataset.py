@@ -159,9 +159,9 @@ def _encode(
     rows = objective.encode(example, chat, config)
     for row in rows:
         which = f"the {row.role} answer's row" if row.role else "the row"
-        if not any(row.weights[1:]):  # the first token has nothing before it that could predict it
+        if not any(row.weights if row.targets else row.weights[1:]):  # nothing before the first token predicts it
             raise NoLabel(f"no token of {which} would be learnt")
-        prompt = next(index for index, weight in enumerate(row.weights[1:], 1) if weight)
+        prompt = next(index for index, weight in enumerate((0.0, *row.weights[1:])) if weight or row.targets)
         if prompt >= max_length:
             raise DataError(
                 f"the prompt alone has {prompt} tokens, and data.max_length {max_length} leaves no answer room"

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from peftctl import methods
 from peftctl.base import Base
 from peftctl.errors import FormatError, TargetError
-from peftctl.formats import adapterhub
+from peftctl.formats import adapterhub, heads
 from peftctl.formats.shards import fingerprint
 from peftctl.formats.shards import read as read_header
 from peftctl.methods.base import Exchange, Method, MethodConfig
@@ -64,6 +64,7 @@ def write(
     # contiguous and apart: the format stores neither strides nor shared memory
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in stored.items()}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    heads.write(folder, base, skeleton)
 
 
 def as_peft(
@@ -72,10 +73,10 @@ def as_peft(
     """Keys of the config and tensors in peft's form, or under our names where peft lacks the method."""
     if method.exchange is None:
         return {"peft_type": OWN_TYPE, "inference_mode": True}, dict(tensors)
-    paths = [path for name in config.save_modules or () for path in named(skeleton, name)]
+    paths = [path for name in config.save_modules or () for path in named(skeleton, name)] + heads.tops(skeleton)
     full = {
         dotted(m.path, name): skeleton.tied.get(dotted(m.path, name), dotted(m.path, name))
-        for m in skeleton.modules
+        for m in (*skeleton.modules, *skeleton.added)
         for name in m.shapes
         if any(f"{m.path}.".startswith(f"{path}.") for path in paths)
     }
@@ -105,6 +106,11 @@ def _facts(base: Base, skeleton: Skeleton) -> dict[str, Any]:
 def lasting_name(base: Base) -> str:
     """The name by which a base is found from anywhere."""
     return base.name if base.revision is not None else str(Path(base.name).resolve())
+
+
+def asked(base: Base, folder: Path) -> Base:
+    """The base of an adapter, asked for what the adapter was trained for. Raises FormatError."""
+    return base._replace(task=heads.read(folder, _json(folder / CONFIG), folder / WEIGHTS, base))
 
 
 def base_of(folder: Path) -> tuple[str | None, str | None]:
@@ -171,7 +177,8 @@ def _exchanged(
         raise FormatError(f"{folder}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FormatError(f"{folder / CONFIG} has a value that peft would not write: {error}") from None
-    modules = list(dict.fromkeys(full.rpartition(".")[0] for full in whole.values()))
+    head = {module.path for module in skeleton.added}
+    modules = [path for path in dict.fromkeys(full.rpartition(".")[0] for full in whole.values()) if path not in head]
     return block | {"save_modules": modules or None}, tensors | {ours: stored[name] for name, ours in whole.items()}
 
 
@@ -185,7 +192,7 @@ def _saved_in(keys: Mapping[str, Any], skeleton: Skeleton, stored: Mapping[str, 
 
     there = [
         (f"{prefix}{dotted(m.path, name)}", dotted(m.path, name))
-        for m in skeleton.modules
+        for m in (*skeleton.modules, *skeleton.added)
         for name in m.shapes
         if meant(m.path)
     ]

@@ -43,7 +43,8 @@ def place(name: str, ends: Iterable[str], skeleton: Skeleton) -> tuple[str, str]
 def shortest(paths: Sequence[str], skeleton: Skeleton) -> list[str]:
     """Names that match these modules and no others: their last parts where these will do, else whole paths."""
     ends = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
-    matched = {m.path for m in skeleton.modules if m.path.rsplit(".", 1)[-1] in ends}
+    known = (*skeleton.modules, *skeleton.added)
+    matched = {m.path for m in known if m.path.rsplit(".", 1)[-1] in ends}
     return ends if matched == set(paths) else list(paths)
 
 

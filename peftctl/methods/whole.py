@@ -41,6 +41,11 @@ def weights(skeleton: Skeleton, modules: Iterable[Module]) -> Weights:
     return found
 
 
+def whole(modules: Iterable[Module]) -> Weights:
+    """All parameters of these modules, none of which is tied."""
+    return Weights({m.path: {name: dotted(m.path, name) for name in m.shapes} for m in modules if m.shapes})
+
+
 def saved(skeleton: Skeleton, names: Sequence[str] | None, adapted: Iterable[str] = ()) -> Weights:
     """What `save_modules` trains and saves whole. A name is a module path or its end; what is inside counts too.
 

@@ -58,6 +58,16 @@ class Answers(Protocol):
     def tokens(self, batch: Batch) -> TokenStats: ...
 
 
+class Scored(Answers, Protocol):
+    """What an objective may ask of a policy whose base has a task's head. `outputs`: one a label, fp32."""
+
+    def row_scores(self, batch: Batch) -> Tensor:
+        """(rows, outputs)"""
+
+    def token_scores(self, batch: Batch) -> Tensor:
+        """(labels, outputs)"""
+
+
 class Encoder(Protocol):
     """What an objective may ask of the tokenizer and its chat template. Raises DataError with the example's place."""
 
@@ -91,4 +101,6 @@ class Objective(Generic[C]):
     # all examples' rows and a permutation that the seed draws -> the examples, whose rows may now be others' in part
     pair: Callable[[Sequence[tuple[Row, ...]], Sequence[int]], tuple[tuple[Row, ...], ...]] | None = None
     shared: Callable[[Answers, Answers | None, Iterable[Batch], C], Mapping[str, Tensor]] | None = None
+    task: str = "causal-lm"  # what model.task must be
+    labels: Callable[[C], tuple[str, ...]] = lambda config: ()  # the names of the head's outputs
     likelihood: bool = False  # whether the loss is a mean negative log-likelihood, so that exp(loss) is a perplexity
