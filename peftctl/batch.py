@@ -96,8 +96,8 @@ class Batch:
         def put(r: Row) -> Row:
             # a row's first token is predicted by nothing, and stays so
             weights = (*before, *r.weights) if r.targets else (*before, 0.0, *r.weights[1:])
-            rest = {"targets": before + r.targets if r.targets else (), "types": before + r.types if r.types else ()}
-            return r._replace(ids=before + r.ids, weights=weights, **rest)
+            targets, types = before + r.targets if r.targets else (), before + r.types if r.types else ()
+            return r._replace(ids=before + r.ids, weights=weights, targets=targets, types=types)
 
         rows = [put(row) for row in self.rows]
         return build(rows, share=share, trim=self.trimmed).to(self.ids.device)

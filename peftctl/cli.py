@@ -168,15 +168,17 @@ def evaluate(
     path: PathArgument,
     data: Annotated[Path, typer.Option(help="a JSONL file")],
     max_length: Annotated[int, typer.Option(min=2, help="longest row in tokens")] = 4096,
+    output: Annotated[Path | None, typer.Option(help="a file for the scores of each row, from a task's head")] = None,
     base: BaseOption = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Loss and perplexity on a file, weighted by token."""
+    """Loss and perplexity on a file, weighted by token; or what a task's head is worth on it."""
     from peftctl import commands
 
-    result = commands.evaluate(commands.opened(path, base, device, trust_remote_code), data, max_length, quiet)
+    opened = commands.opened(path, base, device, trust_remote_code)
+    result = commands.evaluate(opened, data, max_length, output, quiet)
     _print(result, json_, commands.described)
 
 

@@ -161,11 +161,11 @@ def opened(path: str, base: str | None, device: str, trust_remote_code: bool) ->
     return places.open(found, device=device, trust_remote_code=trust_remote_code)
 
 
-def evaluate(opened: Opened, data: Path, max_length: int, quiet: bool) -> dict[str, Any]:
+def evaluate(opened: Opened, data: Path, max_length: int, output: Path | None, quiet: bool) -> dict[str, Any]:
     from peftctl.evaluation import evaluate as measure
 
     with _bar("examples evaluated:", quiet) as progress:
-        return measure(opened, data, max_length, progress)
+        return measure(opened, data, max_length, progress, output)
 
 
 def generate(

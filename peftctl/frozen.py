@@ -81,7 +81,7 @@ class Frozen:
 
     @torch.no_grad()
     def _fault(self, rows: Sequence[Row]) -> str | None:
-        known = {row: answer for row, answer in zip(rows, self.answers(rows), strict=True)}
+        known = dict(zip(rows, self.answers(rows), strict=True))
         trained = self.policy.attachment.trainable()
         generator = torch.Generator().manual_seed(0)
         with swapped(trained, {n: torch.randn(p.shape, generator=generator).to(p) for n, p in trained.items()}):

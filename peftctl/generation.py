@@ -31,7 +31,9 @@ def generate(
 ) -> list[int]:
     """New token ids after a prompt, the end token included; greedy at temperature 0."""
     if policy.task_head is not None:
-        raise ModelError(f"{type(policy.model).__name__} scores rows and generates no text: measure it with peftctl eval")
+        raise ModelError(
+            f"{type(policy.model).__name__} scores rows and generates no text: measure it with peftctl eval"
+        )
     policy.eval()
     torch.manual_seed(seed)
     prompt, extra = _prompt(policy, ids)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from peftctl.errors import FormatError, InputError, SaveError, Unfoldable
-from peftctl.formats import names
+from peftctl.formats import headed, names
 from peftctl.formats.shards import INDEX, WIDTHS, Entry, Shard, header, shards
 from peftctl.methods.attachment import Attachment, Delta
 from peftctl.skeleton import dotted
 from peftctl.storage import TEMPORARY, publish
+from peftctl.task import Task
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -45,28 +46,35 @@ def merge(
     output: Path,
     *,
     dtype: str | None = None,
+    task: Task | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     finish: Callable[[Path], object] = lambda folder: None,
 ) -> None:
     """Write the base's files with the deltas folded in, to a folder that appears when it is whole.
 
-    `progress` gets bytes done and bytes in all; `finish` may add files to the folder before it gets its name. Raises
-    Unfoldable, InputError, FormatError, SaveError; there is no output then.
+    `task`: what the model is asked for; the head is written beside what the base's files hold. `progress` gets bytes
+    done and bytes in all; `finish` may add files to the folder before it gets its name. Raises Unfoldable, InputError,
+    FormatError, SaveError; there is no output then.
     """
     if dtype is not None and dtype not in NAMES:
         raise InputError(f"--dtype: {dtype!r} is none of {', '.join(NAMES)}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"--output: {output} exists already; name another folder or remove it")
     found = shards(base)
-    folds = _on_disk(model, folds_of(attachment, model), found)
-    laid_out = [_laid_out(shard, dtype and NAMES[dtype]) for shard in found]
-    total, done = sum(entries[-1].end for entries in laid_out if entries), 0
-    with _aside(output, total) as temporary:
-        for shard, entries in zip(found, laid_out, strict=True):
-            for size in _shard(shard, temporary / shard.path.name, entries, folds):
+    folds = folds_of(attachment, model)
+    head = headed.Head() if task is None else headed.new(model, folds, found)
+    folds = _on_disk(model, {full: own for full, own in folds.items() if full not in head.tensors}, found)
+    laid_out = [_laid_out(shard, dtype and NAMES[dtype], head) for shard in found]
+    total, done = sum(laid[-1][1].end for laid in laid_out if laid), 0
+    with _aside(output, total + head.size) as temporary:
+        for name, shard, laid in zip(head.files(found), found, laid_out, strict=True):
+            for size in _shard(shard, temporary / name, laid, folds):
                 done += size
                 progress(done, total)
         _companions(base, temporary, dtype, total)
+        head.write(temporary, [[new for _, new in laid] for laid in laid_out], found)
+        if task is not None:
+            _rewrite(temporary / "config.json", lambda config: headed.config(config, task, model))
         finish(temporary)
 
 
@@ -121,24 +129,31 @@ def _on_disk(model: Any, folds: Folds, found: list[Shard]) -> Folds:
     return {sources[full][0]: deltas for full, deltas in folds.items() if full not in unstored}
 
 
-def _laid_out(shard: Shard, dtype: str | None) -> list[Entry]:
-    """The tensors of the merged shard: the same, or floating-point ones in another type."""
-    entries, at = [], 0
+def _laid_out(shard: Shard, dtype: str | None, head: headed.Head) -> list[tuple[Entry, Entry]]:
+    """The tensors of the merged shard beside those of the base's: the same, or floating-point ones in another type.
+
+    A new head's come under the model's names, without what it replaces.
+    """
+    laid, at = [], 0
     for entry in shard.entries:
+        if entry.name in head.replaced:
+            continue
         new = dtype if dtype is not None and entry.dtype in DTYPES else entry.dtype
         size = entry.end - entry.start
         size = size if new == entry.dtype else size // WIDTHS[entry.dtype] * WIDTHS[new]
-        entries.append(entry._replace(dtype=new, start=at, end=at + size))
+        name = head.names.get(entry.name, entry.name)
+        laid.append((entry, entry._replace(name=name, dtype=new, start=at, end=at + size)))
         at += size
-    return entries
+    return laid
 
 
-def _shard(shard: Shard, target: Path, entries: list[Entry], folds: Folds) -> Iterator[int]:
+def _shard(shard: Shard, target: Path, laid: list[tuple[Entry, Entry]], folds: Folds) -> Iterator[int]:
     """Write one shard, tensors in their order; yields the bytes of each."""
+    entries = [new for _, new in laid]
     with shard.path.open("rb") as source, target.open("wb") as out:
         same = list(shard.entries) == entries
         out.write(source.read(shard.data) if same else header(entries, shard.metadata))
-        for old, new in zip(shard.entries, entries, strict=True):
+        for old, new in laid:
             source.seek(shard.data + old.start)
             if old.start < old.end and (old.name in folds or old.dtype != new.dtype):
                 weight = torch.frombuffer(_exactly(source, old), dtype=DTYPES[old.dtype]).reshape(old.shape)

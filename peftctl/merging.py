@@ -51,6 +51,7 @@ def merge(
         deltas(found, model),
         output,
         dtype=dtype,
+        task=found.base.task,
         progress=progress,
         finish=tokenizer.save,
     )
@@ -95,5 +96,7 @@ def _logits(found: Found, dtype: str, trust_remote_code: bool) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     high = found.skeleton.dimensions.vocabulary
     ids = torch.randint(0, high, (2, 24), generator=generator)
-    logits: Tensor = policy.model(input_ids=ids.to(device_of(policy.model))).logits.float()
-    return logits
+    ids = ids.to(device_of(policy.model))
+    # one by one: a head that reads the last token asks what padding is where there are several
+    logits: list[Tensor] = [policy.model(input_ids=row[None]).logits.float() for row in ids]
+    return torch.cat(logits)

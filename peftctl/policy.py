@@ -198,7 +198,7 @@ class Policy(nn.Module):
 
     def _types(self, types: Tensor | None) -> dict[str, Tensor]:
         # others take them for tokens (GPT-2), or not at all
-        known = (getattr(self.model.config, "type_vocab_size", 0) or 0) > 1  # type: ignore[union-attr]
+        known = (getattr(self.model.config, "type_vocab_size", 0) or 0) > 1
         return {"token_type_ids": types} if types is not None and known and "token_type_ids" in self._accepted else {}
 
 

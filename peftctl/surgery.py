@@ -42,7 +42,8 @@ def skeleton(model: nn.Module) -> Skeleton:
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
     head = head_of_task(model)
-    modules, added = [], []
+    modules: list[Module] = []
+    added: list[Module] = []
     for path, module in model.named_modules():
         shapes = {}
         for name, parameter in module.named_parameters(recurse=False):

@@ -24,6 +24,7 @@ DATA = {
     "ipo": "preference.jsonl",
     "orpo": "preference.jsonl",
     "kto": "unpaired.jsonl",
+    "reward": "preference.jsonl",
 }
 # what a method needs on a base without biases
 BLOCKS: dict[str, dict[str, Any]] = {

@@ -28,6 +28,7 @@ LAYERS = [
         "room",
         "run_folder",
         "evaluation",
+        "scored",
         "exporting",
         "kept",
         "loading",

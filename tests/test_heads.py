@@ -18,6 +18,8 @@ from peftctl.base import Base, resolve
 from peftctl.batch import Batch, build
 from peftctl.counting import count
 from peftctl.formats.peft import write
+from peftctl.formats.shards import shards
+from peftctl.merging import merge
 from peftctl.methods.attachment import Attachment
 from peftctl.opened import policy_of
 from peftctl.policy import Layout, Policy
@@ -161,7 +163,10 @@ def test_peft_scores_the_same_with_our_files(name: str, method: str, task: Task,
         return  # for a head, peft 0.21 looks for the cache under the name that it had in transformers 4
     model = peft.PeftModel.from_pretrained(theirs(base, task), tmp_path / "adapter").eval()
     found = [model(input_ids=torch.tensor([r.ids]), attention_mask=torch.ones(1, len(r.ids)).long()) for r in rows()]
-    held = [one.logits[0] if task is ROWS else one.logits[0][-len(r.ids) :][1:] for one, r in zip(found, rows(), strict=True)]
+    held = [
+        one.logits[0] if task is ROWS else one.logits[0][-len(r.ids) :][1:]
+        for one, r in zip(found, rows(), strict=True)
+    ]
     expected = torch.stack(held) if task is ROWS else torch.cat(held)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
@@ -177,7 +182,9 @@ def test_pefts_own_files_score_as_peft_says(name: str, folder: Path, tmp_path: P
         for file in (CONFIGS / "tokenizer").iterdir():
             (tmp_path / "whole" / file.name).write_bytes(file.read_bytes())
         base = resolve(str(tmp_path / "whole"))._replace(task=ROWS)
-    model = peft.get_peft_model(theirs(base, ROWS), peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)).eval()
+    model = peft.get_peft_model(
+        theirs(base, ROWS), peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)
+    ).eval()
     model.save_pretrained(tmp_path / "adapter")
     expected = torch.stack(alone(model))
     thing = opened.open(opened.find(str(tmp_path / "adapter")), device="cpu")
@@ -212,3 +219,53 @@ def test_training_reaches_the_head_and_the_deltas(folder: Path) -> None:
     policy.row_scores(build(rows())).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attachment.trainable().values())
     assert not [name for name, p in policy.model.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta"])
+@pytest.mark.parametrize("task", [ROWS, TOKENS], ids=lambda task: task.name)
+@torch.no_grad()
+def test_merged_with_its_head_into_plain_weights(name: str, task: Task, folder: Path, tmp_path: Path) -> None:
+    base = base_of(folder, name, task)
+    policy, attachment, config = loaded(base)
+    written(policy, attachment, config, base, tmp_path / "adapter")
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged")["max_logit_difference"] < 1e-4
+    end = "Sequence" if task is ROWS else "Token"
+    model = getattr(transformers, f"AutoModelFor{end}Classification").from_pretrained(tmp_path / "merged").eval()
+    assert model.config.id2label == dict(enumerate(LABELS))
+    for ours, expected in zip(alone(model), alone(policy.model), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert opened.find(str(tmp_path / "merged")).base.task == task
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_head_for_other_labels_is_replaced(folder: Path, tmp_path: Path) -> None:
+    """A bare trunk, whose files have no prefix, with a head for two labels, which has one."""
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "bert", num_labels=2)
+    other.save_pretrained(tmp_path / "bert")
+    for file in (CONFIGS / "tokenizer").iterdir():
+        (tmp_path / "bert" / file.name).write_bytes(file.read_bytes())
+    base = base_of(tmp_path, "bert", ROWS)
+    policy, attachment, config = loaded(base)
+    written(policy, attachment, config, base, tmp_path / "adapter")
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged")["max_logit_difference"] < 1e-4
+    names = [entry.name for shard in shards(tmp_path / "merged") for entry in shard.entries]
+    assert sum("classifier" in name for name in names) == 2 == len({n for n in names if "classifier" in n})
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_bare_trunk_gets_its_head(folder: Path, tmp_path: Path) -> None:
+    trunk = transformers.AutoModel.from_pretrained(folder / "bert", add_pooling_layer=True)
+    trunk.save_pretrained(tmp_path / "bert")
+    for file in (CONFIGS / "tokenizer").iterdir():
+        (tmp_path / "bert" / file.name).write_bytes(file.read_bytes())
+    base = base_of(tmp_path, "bert", ROWS)
+    policy, attachment, config = loaded(base)
+    assert not any("pooler" in name and not name.endswith((".a", ".b")) for name in attachment.trainable())
+    written(policy, attachment, config, base, tmp_path / "adapter")
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged")["max_logit_difference"] < 1e-4
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    for ours, expected in zip(alone(model), alone(policy.model), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

@@ -31,9 +31,8 @@ def tops(skeleton: Skeleton) -> list[str]:
 def write(folder: Path, base: Base, skeleton: Skeleton) -> None:
     """Nothing is written where there is no head. Raises OSError."""
     if base.task is not None:
-        config = base.settings() | labelled(base.task) | {"architectures": [skeleton.architecture]}
-        for key in ("num_labels", "problem_type"):
-            config.pop(key, None)
+        kept = {key: value for key, value in base.settings().items() if key not in ("num_labels", "problem_type")}
+        config = kept | labelled(base.task) | {"architectures": [skeleton.architecture]}
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
@@ -48,7 +47,9 @@ def read(folder: Path, keys: Mapping[str, Any], weights: Path, base: Base) -> Ta
         return own
     rows = [entry.shape[0] for entry in read_header(weights).entries if entry.name.endswith(LAST)]
     if len(rows) != 1:
-        raise FormatError(f"{folder}: task_type is {keys['task_type']}, but no head's output is found in {weights.name}")
+        raise FormatError(
+            f"{folder}: task_type is {keys['task_type']}, but no head's output is found in {weights.name}"
+        )
     names = base.settings().get("id2label") or {}
     known = len(names) == rows[0]
     return Task(name, tuple(str(names[str(i)]) if known and str(i) in names else f"LABEL_{i}" for i in range(rows[0])))

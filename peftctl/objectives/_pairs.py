@@ -32,7 +32,7 @@ class ReferenceConfig(PreferenceConfig):
     )
 
 
-def encode(example: Example, encoder: Encoder, config: PreferenceConfig) -> tuple[Row, ...]:
+def encode(example: Example, encoder: Encoder, config: ObjectiveConfig) -> tuple[Row, ...]:
     """Two rows, chosen and rejected, that begin with the same prompt. Raises DataError with the reason."""
     chosen, rejected = (
         Row(*encoder.completion(example.prompt_text, answer), role=role)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -103,4 +103,6 @@ class Objective(Generic[C]):
     shared: Callable[[Answers, Answers | None, Iterable[Batch], C], Mapping[str, Tensor]] | None = None
     task: str = "causal-lm"  # what model.task must be
     labels: Callable[[C], tuple[str, ...]] = lambda config: ()  # the names of the head's outputs
+    # the keys of a config that a head with these labels was trained by; None where it cannot have been
+    measures: Callable[[tuple[str, ...]], Mapping[str, Any] | None] = lambda labels: None
     likelihood: bool = False  # whether the loss is a mean negative log-likelihood, so that exp(loss) is a perplexity

@@ -25,8 +25,7 @@ class RewardConfig(ObjectiveConfig):
 
 def encode(example: Example, encoder: Encoder, config: RewardConfig) -> tuple[Row, ...]:
     """Two rows, chosen and rejected, each scored at its last token. Raises DataError with the reason."""
-    rows = pairs.encode(example, encoder, pairs.PreferenceConfig(name=config.name))
-    return tuple(judged(row.ids, role=row.role) for row in rows)
+    return tuple(judged(row.ids, role=row.role) for row in pairs.encode(example, encoder, config))
 
 
 def weights(batch: Batch, config: RewardConfig) -> tuple[float, ...]:
@@ -62,4 +61,5 @@ OBJECTIVE = Objective(
     base_dropout=False,
     task="sequence-classification",
     labels=lambda config: ("reward",),
+    measures=lambda labels: {} if len(labels) == 1 else None,
 )

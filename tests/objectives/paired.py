@@ -9,7 +9,7 @@ from peftctl.objectives import get, names
 from peftctl.objectives.base import TokenStats
 from peftctl.row import Row
 
-PAIRED = [name for name in names() if "preference" in get(name).kinds]
+PAIRED = [name for name in names() if "preference" in get(name).kinds and get(name).task == "causal-lm"]
 REFERENCED = [name for name in PAIRED if get(name).reference(get(name).config(name=name))]
 
 
