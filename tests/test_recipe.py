@@ -308,7 +308,9 @@ def test_a_key_counts_with_a_name_that_is_set_after_it() -> None:
 
 def test_a_missing_key_is_blamed_on_the_block_in_the_file_though_an_option_adds_to_it() -> None:
     text = GOOD.replace("train: rows.jsonl", "limit: 3")
-    assert refusals(text, "data.limit=4") == ["r.yaml:4:1: data.train is missing: a data file, a folder or a pattern of files"]
+    assert refusals(text, "data.limit=4") == [
+        "r.yaml:4:1: data.train is missing: a data file, a folder or a pattern of files"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def _encoded(
     found = recognise(source, format, columns, objective.kinds)
     if found.examples and found.kind not in objective.kinds:
         wanted = " or ".join(DESCRIBED[kind] for kind in sorted(objective.kinds))
-        raise DataError(f"{source.name} has {DESCRIBED[found.kind]}; objective {objective.name} learns from {wanted}")
+        raise DataError(f"{source.name} has {found.format.described}; objective {objective.name} learns from {wanted}")
     faults = [*source.faults, *found.faults]
     kept: list[tuple[Example, tuple[Row, ...]]] = []
     unlabelled = 0
