@@ -39,16 +39,18 @@ def train(
     return run(wanted, chosen)
 
 
-def validate(path: Path, overrides: Sequence[str], smoke: bool, show: int) -> dict[str, Any]:
+def validate(path: Path, overrides: Sequence[str], smoke: bool, show: int, quiet: bool = False) -> dict[str, Any]:
     """Check recipe and data; `show` rows are printed on stderr as the loss will see them."""
     from peftctl import objectives
     from peftctl.data.dataset import prepare
     from peftctl.plan import base_and_chat
+    from peftctl.waiting import tokenising
 
     wanted = recipes.load(path, overrides, smoke)
     base, chat = base_and_chat(wanted, with_weights=False)
     vocabulary = base.settings().get("vocab_size")
-    data = prepare(wanted, chat, objectives.get(wanted.objective.name), vocabulary)
+    with tokenising(quiet) as shown:
+        data = prepare(wanted, chat, objectives.get(wanted.objective.name), vocabulary, shown)
     for rows in data.train.examples[:show]:
         _show(rows, chat)
     report = data.report._asdict()

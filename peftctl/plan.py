@@ -18,6 +18,7 @@ from peftctl.recipe import shared_folder
 from peftctl.schema import Recipe
 from peftctl.skeleton import Skeleton
 from peftctl.task import Task
+from peftctl.waiting import tokenising
 
 if TYPE_CHECKING:
     from peftctl.formats.peft import Adapter
@@ -58,7 +59,8 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     recipe, base = asked(recipe, base)
     counts = count(base, methods.get(recipe.method.name), recipe.method, trust_remote_code=trust)
     skeleton = models.skeleton(base, trust_remote_code=trust)
-    data = prepare(recipe, chat, objectives.get(recipe.objective.name), skeleton.dimensions.vocabulary)
+    with tokenising(options.quiet) as shown:
+        data = prepare(recipe, chat, objectives.get(recipe.objective.name), skeleton.dimensions.vocabulary, shown)
     _fit(data, base, methods.get(recipe.method.name).traits(recipe.method).virtual_tokens)
     start = _adapter("method.init_from", recipe.method.init_from, recipe, skeleton)
     reference = _reference(recipe, skeleton)

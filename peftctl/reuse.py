@@ -73,10 +73,10 @@ def plan(
         return None
     state = random_state()
     try:
-        groups, share = batches.groups(GROUP), "all" if batches.share else "none"
-        frozen = find(policy, groups[0][0])
+        frozen = find(policy, batches.train.rows([0])[0])
         if frozen is None:
             return None
+        groups, share = batches.groups(GROUP), "all" if batches.share else "none"
         facts = fingerprint(policy, base, frozen.weights(), fused, frozen.count)
         reuse = Reuse(frozen, groups, share, place("frozen", rows_key(groups, share), facts))
         if chosen is None and batches.passes(steps) <= 1 and reuse.missing:

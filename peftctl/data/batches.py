@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from peftctl.batch import Batch, build
 from peftctl.data import packing
-from peftctl.data.encoded import Dataset
+from peftctl.data.encoded import Dataset, Lazy
 from peftctl.data.order import Buckets, examples
 from peftctl.row import Row
 
@@ -71,10 +71,11 @@ class Batches:
         seen = steps * self.per_step if self.total is None else min(self.total, steps * self.per_step)
         return seen / len(self.train)
 
-    def groups(self, tokens: int) -> list[list[Row]]:
+    def groups(self, tokens: int) -> Sequence[list[Row]]:
         """All rows, those of the evaluation too, in groups of at most `tokens`, which depend on the data alone."""
         sets = [self.train] if self.validation is None else [self.train, self.validation]
-        return [data.rows(part) for data in sets for part in packing.in_order(data.sizes(), tokens)]
+        parts = [(data, part) for data in sets for part in packing.in_order(data.sizes(), tokens)]
+        return Lazy(len(parts), lambda index: parts[index][0].rows(parts[index][1]))
 
     def evaluation(self) -> Iterator[Batch]:
         """The held-out examples; nothing when there are none."""

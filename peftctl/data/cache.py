@@ -1,7 +1,7 @@
-"""Encoded examples kept on disk, so that a large file is tokenised once: by all that goes into an encoding.
+"""Encoded examples kept on disk, so that a large source is tokenised once: by all that goes into an encoding.
 
-An entry is one file: the sha256 of the rest, the length of a JSON document, the document, and then the tokens' ids and
-the indices of their weights as 32-bit numbers. One that is damaged is ignored and written anew.
+An entry is one file: the rows' bytes, their tables, a JSON document, its length, and the sha256 of all before. One that
+is damaged is ignored and written anew.
 """
 
 from __future__ import annotations
@@ -11,64 +11,83 @@ import inspect
 import json
 import os
 import sys
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftctl import __version__
 from peftctl.base import cache_folder
-from peftctl.data.encoded import Dataset, Report
-from peftctl.data.sources import Fault, files, fingerprint, shown
-from peftctl.errors import DataError, SaveError
+from peftctl.data.encoded import Dataset, Lazy, Report
+from peftctl.data.packed import Packed, Read, reading, tables_of
+from peftctl.data.sources import Fault, Part, fingerprint, place
+from peftctl.errors import SaveError
 from peftctl.objectives.base import Objective
-from peftctl.row import Row
-from peftctl.storage import write_file
+from peftctl.storage import TEMPORARY
 
-SMALL = 1 << 16  # bytes of a file that is encoded in a moment anyway
+SMALL = 1 << 16  # bytes of a source that is encoded in a moment anyway
 LARGEST = 2 << 30  # bytes of all entries; those that were used longest ago go first
 DIGEST, LENGTH = 32, 8  # bytes
 
 Loaded = tuple[Dataset, Report]
 
 
+class Made(NamedTuple):
+    """What was encoded: tables of examples whose bytes lie elsewhere. `prefixes`: how places begin, by part."""
+
+    packed: Packed
+    report: Report
+    prefixes: tuple[str, ...]
+    fingerprint: str
+
+    def loaded(self, read: Read) -> Loaded:
+        places = self.packed.places
+        lazy = Lazy(len(places), lambda index: place(self.prefixes, places[index]))
+        return Dataset(self.report.name, self.packed.examples(read), lazy, self.fingerprint), self.report
+
+
+Make = Callable[[Callable[[bytes], Any]], Made]  # given what takes the rows' bytes, one piece after the other
+
+
 def key(
-    path: str | Path, tokenizer: Callable[[], str], objective: Objective[Any], config: Any, options: Sequence[Any]
+    parts: Sequence[Part], tokenizer: Callable[[], str], objective: Objective[Any], config: Any, options: Sequence[Any]
 ) -> str | None:
-    """What an encoding depends on: the sha256 of the files and that of all else; None for files that are small, or that
+    """What an encoding depends on: the sha256 of the source and that of all else; None for one that is small, or that
     cannot be read."""
     try:
-        found = [file.path for file in files(path)]
-        if sum(map(os.path.getsize, found)) < SMALL:
+        if sum(part.bytes() for part in parts) < SMALL:
             return None
-        content = fingerprint(found)
-    except (OSError, DataError):
+        content = fingerprint(parts)
+    except OSError:
         return None  # whoever reads it next says what is wrong
     rest = [
         *(sys.byteorder, __version__, version("tokenizers"), version("jinja2"), _code(objective)),
-        *(shown(Path(path)), tokenizer(), objective.name, config.model_dump(mode="json"), *options),
+        *([part.prefix for part in parts], tokenizer(), objective.name, config.model_dump(mode="json"), *options),
     ]
     return f"{content}-{hashlib.sha256(json.dumps(rest).encode()).hexdigest()}"
 
 
-def kept(key: str | None, make: Callable[[], Loaded]) -> Loaded:
+def kept(key: str | None, make: Make) -> Loaded:
     """The entry of that key, else what `make` answers, which is then kept."""
     if key is None:
-        return make()
+        return _in_memory(make)
     path = cache_folder() / "tokens" / key
     with suppress(OSError, ValueError):
-        found = _unpacked(path.read_bytes())
+        found = _opened(path)
         os.utime(path)
         return found
-    made = make()
-    if key.startswith(made[0].fingerprint):  # not where the file was changed meanwhile
-        with suppress(OSError, SaveError):  # without an entry the next run takes longer, and that is all
-            write_file(path, _packed(*made))
+    with suppress(OSError, SaveError):  # without an entry the next run takes longer, and that is all
+        found = _written(path, make)
+        with suppress(OSError):
             _prune(path.parent)
-    return made
+        return found
+    return _in_memory(make)
+
+
+def _in_memory(make: Make) -> Loaded:
+    content = bytearray()
+    return make(content.extend).loaded(lambda start, end: bytes(memoryview(content)[start:end]))
 
 
 def _code(objective: Objective[Any]) -> str:
@@ -77,59 +96,58 @@ def _code(objective: Objective[Any]) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _packed(dataset: Dataset, report: Report) -> bytes:
-    rows = list(chain.from_iterable(dataset.examples))
-    values = sorted(set().union(*(row.weights for row in rows)))
-    index = {value: number for number, value in enumerate(values)}
-    heads = [[row.targets, row.types] for row in rows]
-    document = {
-        "dataset": [dataset.name, dataset.places, dataset.fingerprint],
-        "report": report._asdict(),
-        "examples": [len(own) for own in dataset.examples],
-        "rows": [(row.role, len(row.ids)) for row in rows],
-        "weights": values,
-        "heads": heads if any(any(one) for one in heads) else [],
-    }
-    numbers = array("I", chain.from_iterable(row.ids for row in rows))
-    numbers.extend(map(index.__getitem__, chain.from_iterable(row.weights for row in rows)))
-    head = json.dumps(document).encode()
-    body = len(head).to_bytes(LENGTH, "little") + head + numbers.tobytes()
-    return hashlib.sha256(body).digest() + body
+def _written(path: Path, make: Make) -> Loaded:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    digest = hashlib.sha256()
+    try:
+        with temporary.open("wb") as file:
+
+            def write(data: bytes) -> None:
+                file.write(data)
+                digest.update(data)
+
+            made = make(write)
+            tables = [table.tobytes() for table in made.packed.tables]
+            report = made.report._asdict()
+            head = [made.packed.roles, list(map(len, tables)), report, made.prefixes, made.fingerprint]
+            document = json.dumps(head).encode()
+            for part in (*tables, document, len(document).to_bytes(LENGTH, "little")):
+                write(part)
+            file.write(digest.digest())
+        if path.name.startswith(made.fingerprint):  # not where a file was changed meanwhile
+            os.replace(temporary, path)
+            return made.loaded(reading(path))
+        return made.loaded(reading(temporary))  # which is read on when it has no name any more
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _unpacked(data: bytes) -> Loaded:
+def _opened(path: Path) -> Loaded:
     """Raises ValueError for what is damaged."""
-    body = memoryview(data)[DIGEST:]
-    if hashlib.sha256(body).digest() != data[:DIGEST]:
-        raise ValueError("damaged")
-    start = LENGTH + int.from_bytes(body[:LENGTH], "little")
-    document = json.loads(bytes(body[LENGTH:start]))
-    numbers = array("I", bytes(body[start:]))
-    rows = _rows(document, numbers)
-    examples = tuple(
-        tuple(row._replace(example=number) for row in islice(rows, count))
-        for number, count in enumerate(document["examples"])
-    )
-    name, places, digest = document["dataset"]
-    report = document["report"]
+    size = path.stat().st_size - DIGEST
+    with path.open("rb") as file:
+        digest, left = hashlib.sha256(), size
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+        if file.read() != digest.digest() or size < LENGTH:
+            raise ValueError("damaged")
+        file.seek(size - LENGTH)
+        length = int.from_bytes(file.read(LENGTH), "little")
+        file.seek(size - LENGTH - length)
+        roles, lengths, report, prefixes, content = json.loads(file.read(length))
+        file.seek(size - LENGTH - length - sum(lengths))
+        packed = Packed(roles, tables_of(lengths, file.read))
     lists = {"faults": tuple(Fault(*fault) for fault in report["faults"]), "unused": tuple(report["unused"])}
-    return Dataset(name, examples, tuple(places), digest), Report(**report | lists)
-
-
-def _rows(document: dict[str, Any], numbers: array[int]) -> Iterator[Row]:
-    values, middle, start = document["weights"], len(numbers) // 2, 0
-    heads = document["heads"] or repeat(((), ()))
-    for (role, length), (targets, types) in zip(document["rows"], heads, strict=False):
-        weights = tuple(map(values.__getitem__, numbers[middle + start : middle + start + length]))
-        yield Row(tuple(numbers[start : start + length]), weights, 0, role, tuple(targets), tuple(types))
-        start += length
+    return Made(packed, Report(**report | lists), tuple(prefixes), content).loaded(reading(path))
 
 
 def _prune(folder: Path) -> None:
     """Drop the oldest entries beyond what is allowed; the newest stays whatever its size."""
     entries = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    total = entries[0].stat().st_size
-    for path in entries[1:]:
+    total = 0
+    for number, path in enumerate(entries):
         total += path.stat().st_size
-        if total > LARGEST:
+        if number and total > LARGEST:
             path.unlink(missing_ok=True)

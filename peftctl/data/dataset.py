@@ -1,38 +1,33 @@
-"""From a file to encoded examples: every row is kept, or refused with its place and the reason."""
+"""From a source to encoded examples: every row is kept, or refused with its place and the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from peftctl.data import cache
+from peftctl.data.cache import Made
 from peftctl.data.encoded import Dataset, Report
-from peftctl.data.formats import DESCRIBED, recognise
+from peftctl.data.encoding import SHOWN, Job, NoLabel, Tokenizer, Written
+from peftctl.data.formats import DESCRIBED
 from peftctl.data.order import PAIRED, order, split
-from peftctl.data.sources import Fault, read
+from peftctl.data.packed import Packed
+from peftctl.data.parallel import chunks
+from peftctl.data.reading import Reading
+from peftctl.data.sources import Fault, Part, files, fingerprint, place, shown
 from peftctl.errors import DataError
-from peftctl.objectives.base import Encoder, Objective
-from peftctl.row import Example, Row
+from peftctl.objectives.base import Objective
 
-SHOWN = 10  # faults that a report lists
+__all__ = ["NoLabel", "Prepared", "Tokenizer", "load", "prepare"]
 
-
-class Tokenizer(Encoder, Protocol):
-    """What is asked of a `Chat` here."""
-
-    def token(self, index: int) -> str: ...
-
-    def fingerprint(self) -> str: ...
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]: ...
+Progress = Callable[[str, int, int | None], None]  # a source's name, rows done, rows in all if that can be guessed
 
 
 class Prepared(NamedTuple):
-    """The report is on the file of `data.train`, before the split; the second on that of `data.validation`."""
+    """The report is on the source of `data.train`, before the split; the second on that of `data.validation`."""
 
     train: Dataset
     validation: Dataset | None
@@ -40,14 +35,20 @@ class Prepared(NamedTuple):
     validation_report: Report | None
 
 
-class NoLabel(DataError):
-    """An example of which nothing would be learnt."""
+def silent(name: str, done: int, total: int | None) -> None:
+    """No progress is shown."""
 
 
-def prepare(recipe: Any, chat: Tokenizer, objective: Objective[Any], vocabulary: int | None = None) -> Prepared:
+def prepare(
+    recipe: Any,
+    chat: Tokenizer,
+    objective: Objective[Any],
+    vocabulary: int | None = None,
+    progress: Progress = silent,
+) -> Prepared:
     """The training and held-out examples of a recipe (`data`, `objective` and `train.seed` are read).
 
-    `vocabulary`: rows of the base's embedding. Raises DataError; all that is wrong with a file's rows in one go.
+    `vocabulary`: rows of the base's embedding. Raises DataError; all that is wrong with a source's rows in one go.
     """
     data = recipe.data
     options = {
@@ -56,6 +57,7 @@ def prepare(recipe: Any, chat: Tokenizer, objective: Objective[Any], vocabulary:
         "max_length": data.max_length,
         "on_bad_row": data.on_bad_row,
         "vocabulary": vocabulary,
+        "progress": progress,
     }
     train, report = load(data.train, chat, objective, recipe.objective, limit=data.limit, **options)
     held: Dataset | None = None
@@ -85,19 +87,23 @@ def load(
     on_bad_row: str = "error",
     limit: int | None = None,
     vocabulary: int | None = None,
+    progress: Progress = silent,
 ) -> tuple[Dataset, Report]:
-    """The examples of one file, encoded by the objective under its `config`; of a large file, once (see `cache`).
+    """The examples of a source, encoded by the objective under its `config`; of a large one, once (see `cache`).
 
-    Raises DataError for a file of a kind that the objective does not learn from, for one of which no row can be used,
-    and, unless `on_bad_row` is `skip`, for any row that cannot be used.
+    Raises DataError for a source of a kind that the objective does not learn from, for one of which no row can be
+    used, and, unless `on_bad_row` is `skip`, for any row that cannot be used.
     """
+    parts = files(path)
     options = (format, columns, max_length, on_bad_row, limit, vocabulary)
-    key = cache.key(path, chat.fingerprint, objective, config, options)
-    return cache.kept(key, lambda: _encoded(path, chat, objective, config, *options))
+    key = cache.key(parts, chat.fingerprint, objective, config, options)
+    name = shown(Path(path))
+    return cache.kept(key, lambda write: _encoded(name, parts, chat, objective, config, *options, write, progress))
 
 
 def _encoded(
-    path: str | Path,
+    name: str,
+    parts: Sequence[Part],
     chat: Tokenizer,
     objective: Objective[Any],
     config: Any,
@@ -107,39 +113,46 @@ def _encoded(
     on_bad_row: str,
     limit: int | None,
     vocabulary: int | None,
-) -> tuple[Dataset, Report]:
-    source = read(path, limit)
-    found = recognise(source, format, columns, objective.kinds)
-    if found.examples and found.kind not in objective.kinds:
+    write: Callable[[bytes], Any],
+    progress: Progress,
+) -> Made:
+    reading = Reading(name, parts, limit)
+    head = reading.head()
+    seen = dict.fromkeys(column for _, row in head if isinstance(row, dict) for column in row)
+    written = Written(name, tuple(seen), format, columns, objective.kinds)
+    decided = written.decide()
+    if seen and decided.kind not in objective.kinds:
         wanted = " or ".join(DESCRIBED[kind] for kind in sorted(objective.kinds))
-        raise DataError(f"{source.name} has {found.format.described}; objective {objective.name} learns from {wanted}")
-    faults = [*source.faults, *found.faults]
-    kept: list[tuple[Example, tuple[Row, ...]]] = []
-    unlabelled = 0
-    for example in found.examples:
-        try:
-            kept.append((example, _encode(example, chat, objective, config, max_length, vocabulary)))
-        except DataError as error:
-            faults.append(Fault(example.place, str(error)))
-            unlabelled += isinstance(error, NoLabel)
-    total = len(source.rows) + len(source.faults)
-    faults.sort(key=_place)
-    if faults and (on_bad_row != "skip" or not kept):
-        raise DataError(_refusal(source.name, faults, total, on_bad_row))
-    rows = tuple(tuple(row._replace(example=i) for row in encoded) for i, (_, encoded) in enumerate(kept))
-    dataset = Dataset(source.name, rows, tuple(example.place for example, _ in kept), source.fingerprint)
+        raise DataError(f"{name} has {DESCRIBED[decided.kind]}; objective {objective.name} learns from {wanted}")
+    job = Job(chat, objective, config, written, decided, max_length, vocabulary)
+    packed, faults, counts, longest = Packed(), list[tuple[int, str]](), Counter[str](), 0
+    for chunk in chunks(job, reading.batches(head), reading.long):
+        packed.extend(chunk.packed)
+        write(chunk.content)
+        faults += chunk.faults[: SHOWN - len(faults)]
+        longest = max(longest, chunk.counts["longest"])
+        counts.update(chunk.counts)
+        seen |= dict.fromkeys(chunk.columns)
+        progress(name, counts["read"], reading.expected())
+    names = tuple(part.prefix for part in parts)
+    listed = tuple(Fault(place(names, code), reason) for code, reason in faults)
+    if counts["refused"] and (on_bad_row != "skip" or counts["refused"] == counts["read"]):
+        raise DataError(_refusal(name, listed, counts["refused"], counts["read"], on_bad_row))
     report = Report(
-        name=source.name,
-        kind=found.kind,
-        read=total,
-        kept=len(kept),
-        refused=len(faults),
-        faults=tuple(faults[:SHOWN]),
-        unlabelled=unlabelled,
-        unused=found.unused,
-        **_counts(dataset, chat.eos_ids),
+        name=name,
+        kind=decided.kind,
+        read=counts["read"],
+        kept=counts["read"] - counts["refused"],
+        refused=counts["refused"],
+        faults=listed,
+        tokens=counts["tokens"],
+        labelled_tokens=counts["labelled_tokens"],
+        unlabelled=counts["unlabelled"],
+        ended=counts["ended"],
+        longest=longest,
+        unused=decided.unused(tuple(seen)),
     )
-    return dataset, report
+    return Made(packed, report, names, fingerprint(parts))
 
 
 def _paired(dataset: Dataset, objective: Objective[Any], seed: int, part: str) -> Dataset:
@@ -153,52 +166,12 @@ def _paired(dataset: Dataset, objective: Objective[Any], seed: int, part: str) -
     return replace(dataset, examples=examples)
 
 
-def _encode(
-    example: Example, chat: Tokenizer, objective: Objective[Any], config: Any, max_length: int, vocabulary: int | None
-) -> tuple[Row, ...]:
-    rows = objective.encode(example, chat, config)
-    for row in rows:
-        which = f"the {row.role} answer's row" if row.role else "the row"
-        if not any(row.weights if row.targets else row.weights[1:]):  # nothing before the first token predicts it
-            raise NoLabel(f"no token of {which} would be learnt")
-        prompt = next(index for index, weight in enumerate((0.0, *row.weights[1:])) if weight or row.targets)
-        if prompt >= max_length:
-            raise DataError(
-                f"the prompt alone has {prompt} tokens, and data.max_length {max_length} leaves no answer room"
-            )
-        if len(row.ids) > max_length:
-            raise DataError(f"{which} has {len(row.ids)} tokens, more than data.max_length {max_length}")
-        if vocabulary is not None and max(row.ids) >= vocabulary:
-            worst = max(row.ids)
-            raise DataError(
-                f"the tokenizer gives id {worst} ({chat.token(worst)!r}), but the base knows ids below {vocabulary}; "
-                "base and tokenizer do not belong together"
-            )
-    return rows
-
-
-def _counts(dataset: Dataset, eos_ids: Sequence[int]) -> dict[str, int]:
-    rows = list(chain.from_iterable(dataset.examples))
-    labels = [[index for index, weight in zip(row.ids[1:], row.weights[1:], strict=True) if weight] for row in rows]
-    return {
-        "tokens": sum(len(row.ids) for row in rows),
-        "labelled_tokens": sum(map(len, labels)),
-        "ended": sum(label[-1] in eos_ids for label in labels),
-        "longest": max(len(row.ids) for row in rows),
-    }
-
-
-def _place(fault: Fault) -> tuple[str, int]:
-    name, _, line = fault.place.rpartition(":")
-    return name, int(line.removeprefix("row "))
-
-
-def _refusal(name: str, faults: Sequence[Fault], total: int, on_bad_row: str) -> str:
-    lines = [str(fault) for fault in faults[:SHOWN]]
-    if len(faults) > SHOWN:
-        lines.append(f"... and {len(faults) - SHOWN} more")
-    if len(faults) == total:
+def _refusal(name: str, faults: Sequence[Fault], refused: int, total: int, on_bad_row: str) -> str:
+    lines = [str(fault) for fault in faults]
+    if refused > SHOWN:
+        lines.append(f"... and {refused - SHOWN} more")
+    if refused == total:
         lines.append(f"{name}: no row can be used")
     elif on_bad_row != "skip":
-        lines.append(f"{name}: {len(faults)} of {total} rows cannot be used; data.on_bad_row: skip leaves them out")
+        lines.append(f"{name}: {refused} of {total} rows cannot be used; data.on_bad_row: skip leaves them out")
     return "\n".join(lines)

@@ -1,14 +1,63 @@
-"""Encoded examples of a file, and the report on what became of its rows."""
+"""Encoded examples, wherever their tokens lie, and the report on what became of a source's rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar, overload
 
 from peftctl.data.sources import Fault
 from peftctl.row import Row
+
+T = TypeVar("T", covariant=True)
+
+
+class Lazy(Sequence[T], Generic[T]):
+    """A sequence whose items are made when they are asked for; equal to any sequence of equal items."""
+
+    def __init__(self, size: int, get: Callable[[int], T]) -> None:
+        self.size = size
+        self.get = get
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return tuple(self.get(one) for one in range(self.size)[index])
+        return self.get(range(self.size)[index])
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, Sequence) and len(other) == self.size
+        return same and all(mine == theirs for mine, theirs in zip(self, other, strict=True))  # type: ignore[call-overload]
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+class Examples(Lazy[tuple[Row, ...]]):
+    """`lengths` answers the tokens of each row of an example without reading them."""
+
+    def __init__(
+        self, size: int, get: Callable[[int], tuple[Row, ...]], lengths: Callable[[int], Sequence[int]]
+    ) -> None:
+        super().__init__(size, get)
+        self.lengths = lengths
+
+
+def listed(examples: Sequence[tuple[Row, ...]]) -> Examples:
+    """Examples that are in memory."""
+    if isinstance(examples, Examples):
+        return examples
+    return Examples(len(examples), examples.__getitem__, lambda index: [len(row.ids) for row in examples[index]])
 
 
 @dataclass(frozen=True)
@@ -16,9 +65,9 @@ class Dataset:
     """Encoded examples: of each its rows (a pair has two), whose `example` is its index here, and its place."""
 
     name: str
-    examples: tuple[tuple[Row, ...], ...]
-    places: tuple[str, ...]
-    fingerprint: str  # sha256 of the file
+    examples: Sequence[tuple[Row, ...]]
+    places: Sequence[str]
+    fingerprint: str  # sha256 of the source
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -27,19 +76,27 @@ class Dataset:
         """The rows of these examples, in order."""
         return list(chain.from_iterable(self.examples[index] for index in indices))
 
-    def sizes(self, padded: bool = False) -> list[int]:
+    def sizes(self, padded: bool = False) -> Sequence[int]:
         """Of each example, its rows' tokens; `padded`: as a rectangle, each row as long as the example's longest."""
-        lengths = [[len(row.ids) for row in rows] for rows in self.examples]
-        return [len(own) * max(own) if padded else sum(own) for own in lengths]
+        lengths = map(listed(self.examples).lengths, range(len(self)))
+        return array("L", (len(own) * max(own) if padded else sum(own) for own in lengths))
 
     def subset(self, indices: Sequence[int]) -> Dataset:
         """These examples alone, numbered anew."""
-        chosen = [tuple(row._replace(example=new) for row in self.examples[old]) for new, old in enumerate(indices)]
-        return Dataset(self.name, tuple(chosen), tuple(self.places[i] for i in indices), self.fingerprint)
+        chosen, own = array("L", indices), listed(self.examples)
+        examples = Examples(
+            len(chosen), lambda new: numbered(own[chosen[new]], new), lambda new: own.lengths(chosen[new])
+        )
+        return Dataset(self.name, examples, Lazy(len(chosen), lambda new: self.places[chosen[new]]), self.fingerprint)
+
+
+def numbered(rows: tuple[Row, ...], example: int) -> tuple[Row, ...]:
+    """The rows of an example, with its index."""
+    return tuple(row._replace(example=example) for row in rows)
 
 
 class Report(NamedTuple):
-    """What became of a file's rows. Tokens are counted in all rows of the kept examples."""
+    """What became of a source's rows. Tokens are counted in all rows of the kept examples."""
 
     name: str
     kind: str

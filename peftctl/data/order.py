@@ -6,6 +6,7 @@ of like length are to meet in one optimizer step, the order depends on their len
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,8 +34,8 @@ def order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 @lru_cache(maxsize=4)
-def _order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(_shuffled(range(n), f"peftctl order, seed {seed}, epoch {epoch}"))
+def _order(n: int, seed: int, epoch: int) -> array[int]:
+    return array("L", _shuffled(range(n), f"peftctl order, seed {seed}, epoch {epoch}"))
 
 
 def _shuffled(items: Iterable[T], name: str) -> list[T]:
@@ -47,7 +48,7 @@ def _shuffled(items: Iterable[T], name: str) -> list[T]:
 
 
 @lru_cache(maxsize=4)
-def _bucketed(buckets: Buckets, seed: int, epoch: int) -> tuple[int, ...]:
+def _bucketed(buckets: Buckets, seed: int, epoch: int) -> array[int]:
     """An epoch's order, still a permutation. What belongs to a step that spans two epochs stays where it is."""
     n, step = len(buckets.sizes), buckets.step
     items = list(_order(n, seed, epoch))
@@ -57,7 +58,7 @@ def _bucketed(buckets: Buckets, seed: int, epoch: int) -> tuple[int, ...]:
         stop = min(start + step * buckets.steps, end)
         name = f"peftctl buckets, seed {seed}, epoch {epoch}, from {start}"
         items[start:stop] = _regrouped(items[start:stop], buckets, name)
-    return tuple(items)
+    return array("L", items)
 
 
 def _regrouped(items: list[int], buckets: Buckets, name: str) -> list[int]:

@@ -12,7 +12,6 @@ from peftctl.data.chat import Chat
 from peftctl.data.dataset import load, prepare
 from peftctl.errors import DataError
 from peftctl.objectives import get
-from peftctl.row import Message
 
 SFT, DPO, KTO = get("sft"), get("dpo"), get("kto")
 PLAIN, PAIRS, JUDGED = SFT.config(name="sft"), DPO.config(name="dpo"), KTO.config(name="kto")
@@ -70,13 +69,21 @@ def test_a_pair_shares_its_prompt(here, chat):
     write(here, pair("the cat?", "sat on the mat", "sat on the log"))
     data, report = load("train.jsonl", chat, DPO, PAIRS)
     chosen, rejected = data.rows([0])
-    prompt = chat.render_prompt([Message("user", "the cat?")])
+    prompt = chat.render_prompt([SimpleMessage("user", "the cat?")])
     assert (chosen.role, rejected.role, chosen.example, rejected.example) == ("chosen", "rejected", 0, 0)
     assert chosen.ids[: len(prompt)] == rejected.ids[: len(prompt)] == prompt
     assert not any(chosen.weights[: len(prompt)]) and report.ended == 2
     write(here, {"prompt": "the cat", "chosen": " sat", "rejected": " sat on"}, name="plain.jsonl")
     chosen, rejected = load("plain.jsonl", chat, DPO, PAIRS)[0].rows([0])
     assert chat.decode(rejected.ids, special=True) == "the cat sat on<|eos|>"
+
+
+class SimpleMessage(SimpleNamespace):
+    def __init__(self, role: str, content: str) -> None:
+        super().__init__(role=role, content=content)
+
+    def _asdict(self) -> dict:
+        return vars(self)
 
 
 BAD = ["{", talk("only a question"), talk("q", "long " * 90), talk("q", "ok"), talk("q", "")]
@@ -158,7 +165,7 @@ def unlabelled_first(encode):
         rows = encode(example, encoder, config)
         # a weight on the first token alone is none: nothing predicts it
         empty = tuple(row._replace(weights=(1.0, *(0.0,) * (len(row.ids) - 1))) for row in rows)
-        return empty if example.place.endswith(":1") else rows
+        return empty if example.messages[1].content == "a" else rows
 
     return wrapped
 
@@ -186,7 +193,7 @@ def test_a_held_out_file_and_a_limit(here, chat):
 def test_sizes_count_a_pairs_rows_together(here, chat):
     write(here, pair("q", "a", "a longer answer"))
     data, report = load("train.jsonl", chat, DPO, PAIRS)
-    assert data.sizes() == [report.tokens] and data.sizes(padded=True) == [2 * report.longest]
+    assert list(data.sizes()) == [report.tokens] and list(data.sizes(padded=True)) == [2 * report.longest]
 
 
 def test_pairs_of_the_same_tokens_and_prompts_without_room_are_refused(here, chat):

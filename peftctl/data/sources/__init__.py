@@ -6,17 +6,21 @@ no data file at all raises DataError.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from peftctl.data.sources.files import File, files, fingerprint, shown
-from peftctl.data.sources.records import Cells, Fault, Json, Record
+from peftctl.data.sources.files import files, shown
+from peftctl.data.sources.records import Cells, Fault, Json, Part, Record
 from peftctl.data.sources.table import spelled
 from peftctl.errors import DataError
 
-__all__ = ["Cells", "Fault", "File", "Json", "Source", "files", "fingerprint", "read", "records", "shown", "spelled"]
+__all__ = ["Cells", "Fault", "Json", "Part", "Record", "Source", "code", "empty", "files", "fingerprint", "place"]
+__all__ += ["read", "records", "shown", "spelled"]
+
+LINE = 40  # bits of a place's number that tell the line; the others tell the part
 
 
 class Source(NamedTuple):
@@ -33,25 +37,38 @@ def read(path: str | Path, limit: int | None = None) -> Source:
 
     Raises DataError for a file that is missing, of another kind, or without a row, and for one that cannot be read on.
     """
-    found, name = files(path), shown(Path(path))
+    parts, name = files(path), shown(Path(path))
     rows: list[tuple[str, Json]] = []
     faults: list[Fault] = []
-    for file, record in islice(records(found), limit):
-        place = file.place(record.line)
-        rows.append((place, record.row)) if isinstance(record.row, dict) else faults.append(Fault(place, record.row))
+    for number, record in islice(records(parts), limit):
+        where = f"{parts[number].prefix}{record.line}"
+        rows.append((where, record.row)) if isinstance(record.row, dict) else faults.append(Fault(where, record.row))
     if not rows and not faults:
         raise empty(name)
-    return Source(name, rows, faults, fingerprint([file.path for file in found]))
+    return Source(name, rows, faults, fingerprint(parts))
 
 
-def records(files: Sequence[File]) -> Iterator[tuple[File, Record]]:
-    """The rows of all files in turn. Raises DataError."""
-    for file in files:
-        try:
-            for record in file.reader(file.path, file.name):
-                yield file, record
-        except OSError as error:
-            raise DataError(f"data file {file.name} cannot be read: {error.strerror or error}") from None
+def records(parts: Sequence[Part]) -> Iterator[tuple[int, Record]]:
+    """The rows of all parts in turn, each with its part's number. Raises DataError."""
+    for number, part in enumerate(parts):
+        for record in part.records():
+            yield number, record
+
+
+def fingerprint(parts: Sequence[Part]) -> str:
+    """The sha256 of a part's content, in hex; of several, that of theirs."""
+    digests = [part.digest() for part in parts]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def code(part: int, line: int) -> int:
+    """A row's place as one number; see `place`."""
+    return part << LINE | line
+
+
+def place(prefixes: Sequence[str], code: int) -> str:
+    """The place of a row whose part has one of these prefixes."""
+    return f"{prefixes[code >> LINE]}{code & (1 << LINE) - 1}"
 
 
 def empty(name: str) -> DataError:

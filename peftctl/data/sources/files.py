@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from peftctl.data.sources import jsonl, parquet, plain, table
 from peftctl.data.sources.lines import ZIPPED
-from peftctl.data.sources.records import Reader
+from peftctl.data.sources.records import START, Mark, Reader, Record
 from peftctl.errors import DataError, suggest
 
 READERS: dict[str, Reader] = {
@@ -26,17 +26,35 @@ KNOWN = ", ".join(READERS)
 
 
 class File(NamedTuple):
-    """`name`: as errors show it."""
+    """A file as a part of a source; `name`: as errors show it."""
 
     path: Path
     name: str
 
     @property
-    def reader(self) -> Reader:
-        return READERS[kind(self.path)]
+    def prefix(self) -> str:
+        return f"{self.name}:{'row ' if kind(self.path) == '.parquet' else ''}"
 
-    def place(self, line: int) -> str:
-        return f"{self.name}:{'row ' if kind(self.path) == '.parquet' else ''}{line}"
+    def records(self, start: Mark = START) -> Iterator[Record]:
+        try:
+            yield from READERS[kind(self.path)](self.path, self.name, start)
+        except OSError as error:
+            raise DataError(f"data file {self.name} cannot be read: {error.strerror or error}") from None
+
+    def bytes(self) -> int:
+        return self.path.stat().st_size
+
+    def total(self) -> int | None:
+        if self.path.suffix.lower() == ZIPPED or kind(self.path) == ".json":
+            return None
+        return parquet.count(self.path, self.name) if kind(self.path) == ".parquet" else self.bytes()
+
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        with open(self.path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        return digest.hexdigest()
 
 
 def kind(path: Path) -> str:
@@ -65,12 +83,6 @@ def files(path: str | Path) -> list[File]:
     return [File(_checked(one), shown(one)) for one in found]
 
 
-def fingerprint(files: Sequence[Path]) -> str:
-    """The sha256 of a file's bytes, in hex; of several, that of theirs."""
-    digests = [_sha256(path) for path in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
 def shown(path: Path) -> str:
     """The path as a reader wants it in an error: relative when it lies under the current directory."""
     try:
@@ -87,11 +99,3 @@ def _checked(path: Path) -> Path:
     if kind(path) not in READERS:
         raise DataError(f"data file {shown(path)}: {path.suffix or 'no suffix'} is not read; {KNOWN} are")
     return path
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

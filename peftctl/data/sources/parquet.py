@@ -43,6 +43,12 @@ def rows(path: Path, name: str, start: Mark = START) -> Iterator[Record]:
             raise DataError(f"{name}: row {number + 1}: damaged: {_first_line(error)}") from None
 
 
+def count(path: Path, name: str) -> int:
+    """How many rows there are. Raises DataError."""
+    with _opened(path, name) as file:
+        return int(file.metadata.num_rows)
+
+
 def _values(batch: RecordBatch) -> list[Any]:
     """Rows, or what is wrong with one."""
     try:

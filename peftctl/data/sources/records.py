@@ -32,6 +32,26 @@ class Reader(Protocol):
         """The rows of a file from a mark on. Raises DataError for a file that is not of the reader's kind."""
 
 
+class Part(Protocol):
+    """A file, or what is like one. All of it raises DataError where it cannot be read."""
+
+    @property
+    def prefix(self) -> str:
+        """How the places of its rows begin; their line follows."""
+
+    def records(self, start: Mark = START) -> Iterator[Record]:
+        """Its rows from a mark on."""
+
+    def bytes(self) -> int:
+        """Its size. Raises OSError."""
+
+    def total(self) -> int | None:
+        """The offset of the mark at its end, where that is known without reading all of it."""
+
+    def digest(self) -> str:
+        """The sha256 of its content. Raises OSError."""
+
+
 class Cells(dict[str, Any]):
     """A row of which every value is a text: what is none elsewhere is spelled out in it."""
 

@@ -1,0 +1,187 @@
+"""From rows to encoded examples, some rows at a time: each is kept, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple, Protocol
+
+from peftctl import objectives
+from peftctl.data.chat import Chat
+from peftctl.data.formats import Columns, decide
+from peftctl.data.packed import Packed, tables_of
+from peftctl.data.sources import Cells, Json
+from peftctl.errors import DataError
+from peftctl.objectives.base import Encoder, Objective
+from peftctl.row import Example, Row
+
+SHOWN = 10  # faults that a report lists
+LENGTH = 8  # bytes of a number that tells a length
+
+Given = tuple[int, Json | str]  # a place, as a number; and a row, or why it is none
+
+
+class Tokenizer(Encoder, Protocol):
+    """What is asked of a `Chat` here."""
+
+    def token(self, index: int) -> str: ...
+
+    def fingerprint(self) -> str: ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+
+
+class NoLabel(DataError):
+    """An example of which nothing would be learnt."""
+
+
+class Written(NamedTuple):
+    """How the rows of a source are written: what they are decided to be, by columns that were seen."""
+
+    name: str
+    seen: tuple[str, ...]
+    format: str
+    columns: Mapping[str, str] | None
+    wanted: Collection[str]
+
+    def decide(self) -> Columns:
+        """Raises DataError where they are no rows that are known."""
+        return decide(self.name, self.seen, self.format, self.columns, self.wanted)
+
+
+class Job(NamedTuple):
+    """What turns rows into encoded examples."""
+
+    chat: Tokenizer
+    objective: Objective[Any]
+    config: Any
+    written: Written
+    columns: Columns
+    max_length: int
+    vocabulary: int | None
+
+    def document(self) -> dict[str, Any] | None:
+        """What another process needs to do the same; None where only this one can."""
+        chat = self.chat
+        if not isinstance(chat, Chat) or objectives.get(self.objective.name) is not self.objective:
+            return None
+        told = (chat.template.source, chat.template.now.isoformat()) if chat.template is not None else None
+        return {
+            "chat": (str(chat.folder), told),
+            "objective": self.config.model_dump(mode="json"),
+            "written": self.written._replace(wanted=sorted(self.written.wanted)),
+            "limits": (self.max_length, self.vocabulary),
+        }
+
+
+def job_of(document: Mapping[str, Any]) -> Job:
+    """The job of a document."""
+    folder, told = document["chat"]
+    chat = Chat(folder) if told is None else Chat(folder, told[0], datetime.fromisoformat(told[1]))
+    objective = objectives.get(document["objective"]["name"])
+    written = Written(*document["written"])
+    config = objective.config.model_validate(document["objective"])
+    return Job(chat, objective, config, written, written.decide(), *document["limits"])
+
+
+class Chunk(NamedTuple):
+    """What became of some rows. `faults`: the first of them, by place; `counts`: see `Report`."""
+
+    packed: Packed
+    content: bytes
+    faults: list[tuple[int, str]]
+    counts: dict[str, int]
+    columns: list[str]
+
+    def dump(self) -> bytes:
+        tables = [table.tobytes() for table in self.packed.tables]
+        head = json.dumps([self.packed.roles, list(map(len, tables)), self.faults, self.counts, self.columns]).encode()
+        return b"".join((len(head).to_bytes(LENGTH, "little"), head, *tables, self.content))
+
+
+def chunk_of(data: bytes) -> Chunk:
+    """The chunk that was dumped."""
+    at = LENGTH + int.from_bytes(data[:LENGTH], "little")
+    roles, lengths, faults, counts, columns = json.loads(data[LENGTH:at])
+
+    def read(size: int) -> bytes:
+        nonlocal at
+        at += size
+        return data[at - size : at]
+
+    packed = Packed(roles, tables_of(lengths, read))
+    return Chunk(packed, data[at:], [(place, reason) for place, reason in faults], counts, columns)
+
+
+def encode(job: Job, given: Sequence[Given]) -> Chunk:
+    """The rows that can be used, encoded by the objective, and what is wrong with the others."""
+    packed, contents = Packed(), list[bytes]()
+    faults: list[tuple[int, str]] = []
+    counts: Counter[str] = Counter(dict.fromkeys(("read", "refused", "unlabelled", "longest"), 0))
+    for place, row in given:
+        counts["read"] += 1
+        try:
+            rows = _rows(job, row)
+        except DataError as error:
+            counts["refused"] += 1
+            counts["unlabelled"] += isinstance(error, NoLabel)
+            faults.append((place, str(error)))
+        else:
+            contents.append(packed.add(rows, place))
+            counts.update(_counts(rows, job.chat.eos_ids))
+            counts["longest"] = max(counts["longest"], *(len(own.ids) for own in rows))
+    columns = dict.fromkeys(name for _, row in given if isinstance(row, dict) for name in row)
+    return Chunk(packed, b"".join(contents), faults[:SHOWN], dict(counts), list(columns))
+
+
+def _rows(job: Job, row: Json | str) -> tuple[Row, ...]:
+    if isinstance(row, str):
+        raise DataError(row)
+    return encoded(job.columns.example(row), job.chat, job.objective, job.config, job.max_length, job.vocabulary)
+
+
+def encoded(
+    example: Example, chat: Tokenizer, objective: Objective[Any], config: Any, max_length: int, vocabulary: int | None
+) -> tuple[Row, ...]:
+    """The rows of an example. Raises DataError with the reason alone."""
+    rows = objective.encode(example, chat, config)
+    for row in rows:
+        which = f"the {row.role} answer's row" if row.role else "the row"
+        if not any(row.weights if row.targets else row.weights[1:]):  # nothing before the first token predicts it
+            raise NoLabel(f"no token of {which} would be learnt")
+        prompt = next(index for index, weight in enumerate((0.0, *row.weights[1:])) if weight or row.targets)
+        if prompt >= max_length:
+            raise DataError(
+                f"the prompt alone has {prompt} tokens, and data.max_length {max_length} leaves no answer room"
+            )
+        if len(row.ids) > max_length:
+            raise DataError(f"{which} has {len(row.ids)} tokens, more than data.max_length {max_length}")
+        if vocabulary is not None and max(row.ids) >= vocabulary:
+            worst = max(row.ids)
+            raise DataError(
+                f"the tokenizer gives id {worst} ({chat.token(worst)!r}), but the base knows ids below {vocabulary}; "
+                "base and tokenizer do not belong together"
+            )
+    return rows
+
+
+def _counts(rows: Sequence[Row], eos_ids: Sequence[int]) -> dict[str, int]:
+    labels = [[index for index, weight in zip(row.ids[1:], row.weights[1:], strict=True) if weight] for row in rows]
+    return {
+        "tokens": sum(len(row.ids) for row in rows),
+        "labelled_tokens": sum(map(len, labels)),
+        "ended": sum(label[-1] in eos_ids for label in labels if label),
+    }
+
+
+def message(given: Sequence[Given]) -> bytes:
+    """Rows for another process, as a line."""
+    return json.dumps([(place, row, isinstance(row, Cells)) for place, row in given]).encode() + b"\n"
+
+
+def given_of(line: bytes) -> list[Given]:
+    """The rows of a message."""
+    return [(place, Cells(row) if cells else row) for place, row, cells in json.loads(line)]
