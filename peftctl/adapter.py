@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from peftctl import model as models
+from peftctl.base import Base
 from peftctl.methods._copies import copied
 from peftctl.methods.attachment import Attachment
 from peftctl.methods.base import Method, MethodConfig
@@ -31,3 +34,17 @@ def deltas(model: nn.Module, method: Method[Any], config: MethodConfig) -> Attac
     if table.added:
         attachment.extend(copied(model, whole(table.added)))
     return attachment
+
+
+def fit(
+    base: Base,
+    method: Method[Any],
+    config: MethodConfig,
+    tensors: Mapping[str, Tensor],
+    origin: str,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse an adapter's values that do not belong on this base, before a weight is read. Raises FormatError."""
+    with torch.device("meta"):
+        deltas(models.empty(base, trust_remote_code=trust_remote_code), method, config).fit(tensors, origin)

@@ -91,3 +91,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the nearest known word, or nothing when none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def several(faults: Sequence[str], most: int = 5) -> str:
+    """The first faults in one line, and how many more there are."""
+    return "; ".join(faults[:most]) + (f" and {len(faults) - most} more" if len(faults) > most else "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,8 +36,19 @@ class Opened(NamedTuple):
     chat: Chat
 
 
-def find(path: str, base: str | None = None, *, trust_remote_code: bool = False) -> Found:
-    """What lies at a path: a run (its adapter), an adapter, or a model. `base` replaces the base that it names."""
+def find(
+    path: str,
+    base: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    notice: Callable[[str], None] = lambda text: print(f"peftctl: {text}", file=sys.stderr),
+) -> Found:
+    """What lies at a path: a run (its adapter), an adapter, or a model. `base` replaces the base that it names.
+
+    An adapter that was trained on other weights is refused, unless it was `base` that named them: then it is noticed.
+    Raises InputError.
+    """
+    from peftctl.adapter import fit
     from peftctl.formats import peft
 
     folder = adapter_folder(path)
@@ -51,7 +64,14 @@ def find(path: str, base: str | None = None, *, trust_remote_code: bool = False)
     resolved = peft.asked(resolved, folder)
     skeleton = models.skeleton(resolved, trust_remote_code=trust_remote_code)
     own = folder if (folder / "tokenizer.json").is_file() else resolved.tokenizer
-    return Found(resolved, skeleton, peft.read(folder, skeleton), _tokenizer(own, path))
+    adapter = peft.read(folder, skeleton)
+    if (unlike := peft.other_base(adapter, resolved)) is not None:
+        if base is None:
+            raise ModelError(f"{unlike}: name the base with --base; what it names is used all the same")
+        notice(f"{unlike}; going on with what --base names")
+    trust = trust_remote_code
+    fit(resolved, adapter.method, adapter.config, adapter.tensors, str(folder), trust_remote_code=trust)
+    return Found(resolved, skeleton, adapter, _tokenizer(own, path))
 
 
 def open(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftctl import base as bases
 from peftctl import methods, objectives
@@ -13,7 +13,7 @@ from peftctl import model as models
 from peftctl.counting import Counts, count
 from peftctl.data.chat import Chat
 from peftctl.data.dataset import Prepared, prepare
-from peftctl.errors import DataError, InputError, ModelError
+from peftctl.errors import DataError, InputError, ModelError, several
 from peftctl.recipe import shared_folder
 from peftctl.schema import Recipe
 from peftctl.skeleton import Skeleton
@@ -22,7 +22,6 @@ from peftctl.waiting import tokenising
 
 if TYPE_CHECKING:
     from peftctl.formats.peft import Adapter
-    from peftctl.methods.base import MethodConfig
 
 
 class Options(NamedTuple):
@@ -62,8 +61,9 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     with tokenising(options.quiet) as shown:
         data = prepare(recipe, chat, objectives.get(recipe.objective.name), skeleton.dimensions.vocabulary, shown)
     _fit(data, base, methods.get(recipe.method.name).traits(recipe.method).virtual_tokens)
-    start = _adapter("method.init_from", recipe.method.init_from, recipe, skeleton)
-    reference = _reference(recipe, skeleton)
+    adapters = _Adapters(recipe, base, skeleton, trust)
+    start = adapters.named("method.init_from", recipe.method.init_from)
+    reference = adapters.named("objective.reference", _reference(recipe))
     examples, steps = _extent(recipe, len(data.train))
     warmup = recipe.train.warmup
     warmup_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
@@ -127,46 +127,45 @@ def _architecture(name: str) -> bases.Base:
     return bases.resolve(str(shared_folder("configs") / "models" / "tiny-llama.json"))
 
 
-def _adapter(key: str, path: str | None, recipe: Recipe, skeleton: Skeleton) -> Adapter | None:
-    """The adapter that a key of the recipe names, which must be of the recipe's method."""
-    if path is None:
-        return None
-    from peftctl.formats import peft
-    from peftctl.opened import adapter_folder
+class _Adapters(NamedTuple):
+    """The adapters that keys of a recipe name: of its base and method, their tensors meant as there."""
 
-    folder = adapter_folder(path)
-    if folder is None:
-        raise InputError(f"{key}: {path} is neither a run nor an adapter")
-    adapter = peft.read(folder, skeleton)
-    if adapter.method.name != recipe.method.name:
-        raise InputError(f"{key}: {folder} holds {adapter.method.name}, the recipe asks for {recipe.method.name}")
-    return adapter
+    recipe: Recipe
+    base: bases.Base
+    skeleton: Skeleton
+    trust_remote_code: bool
+
+    def named(self, key: str, path: str | None) -> Adapter | None:
+        """Raises InputError in one line, blamed on the key."""
+        if path is None:
+            return None
+        from peftctl.adapter import fit
+        from peftctl.formats import peft
+        from peftctl.opened import adapter_folder
+
+        folder, method = adapter_folder(path), self.recipe.method
+        if folder is None:
+            raise InputError(f"{key}: {path} is neither a run nor an adapter")
+        adapter = peft.read(folder, self.skeleton)
+        if adapter.method.name != method.name:
+            raise InputError(f"{key}: {folder} holds {adapter.method.name}, the recipe asks for {method.name}")
+        if (unlike := peft.other_base(adapter, self.base)) is not None:
+            rewrite = f"; peftctl export --to peft --base {self.base.name} would write it as one for these"
+            raise InputError(f"{key}: {unlike}{rewrite if adapter.method.exchange else ''}")
+        theirs, ours = (config.meaning(self.skeleton) for config in (adapter.config, method))
+        unequal = [what for what in ours if ours[what] != theirs.get(what, ours[what])]
+        differing = [f"{what} {theirs[what]}, not {ours[what]}" for what in unequal]
+        if differing:
+            raise InputError(f"{key}: {folder} has {several(differing)}; set method as it was set for that adapter")
+        trust, origin = self.trust_remote_code, f"{key} {folder}"
+        fit(self.base, adapter.method, method, adapter.tensors, origin, trust_remote_code=trust)
+        return adapter
 
 
-def _reference(recipe: Recipe, skeleton: Skeleton) -> Adapter | None:
-    """The adapter of `objective.reference`, which takes the trained one's place: its settings must be the same."""
+def _reference(recipe: Recipe) -> str | None:
+    """The adapter of `objective.reference`, which takes the trained one's place."""
     named = objectives.get(recipe.objective.name).reference(recipe.objective)
-    if named in (None, "initial", "base"):
-        return None
-    adapter = _adapter("objective.reference", named, recipe, skeleton)
-    assert adapter is not None
-    try:
-        theirs, ours = (_settings(adapter, config, skeleton) for config in (adapter.config, recipe.method))
-    except KeyError:
-        return adapter  # it lacks a tensor: loading it tells which
-    differing = [key for key in ours if theirs.get(key) != ours[key]]
-    if differing:
-        told = ", ".join(f"{key} {theirs.get(key)!r}, not {ours[key]!r}" for key in differing)
-        raise InputError(f"objective.reference: {adapter.folder} has {told}; method must be set as for the reference")
-    return adapter
-
-
-def _settings(adapter: Adapter, config: MethodConfig, skeleton: Skeleton) -> dict[str, Any]:
-    """What a method's block makes of an adapter's tensors: as it would be saved, for there defaults are spelled out."""
-    exchange = adapter.method.exchange
-    keys = config.model_dump() if exchange is None else exchange().write(config, skeleton, adapter.tensors)[0]
-    # what matters in training alone
-    return {key: value for key, value in keys.items() if key != "init_from" and not key.endswith("dropout")}
+    return None if named in ("initial", "base") else named
 
 
 def _extent(recipe: Recipe, rows: int) -> tuple[int | None, int]:

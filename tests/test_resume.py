@@ -115,6 +115,7 @@ def test_preference_after_dialogues_starts_at_ln_2_and_keeps_its_reference(metho
 def _spoil(path: Path) -> None:
     from safetensors.torch import save_file
 
+    (path.parent / "manifest.json").unlink(missing_ok=True)
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftctl.errors import FormatError, InputError
+from peftctl.errors import FormatError, InputError, several
 from peftctl.formats.shards import read as read_header
 from peftctl.methods._blocks import blocks
 from peftctl.methods._places import places
@@ -235,12 +235,10 @@ def _renamed(folder: Path, names: Mapping[str, str], skeleton: Skeleton) -> dict
         raise FormatError(f"{path} cannot be read: {error}") from None
     # a bare model saves without the root
     full = {key if key in names else root + key: tensor for key, tensor in stored.items()}
-    unknown = [key for key in full if key not in names]
-    if unknown:
-        raise FormatError(f"{path}: {unknown[0]} is no tensor that {skeleton.architecture} has a place for")
-    missing = [key for key in names if key not in full]
-    if missing:
-        raise FormatError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: it is not whole")
+    wrong = [f"{key} {tuple(tensor.shape)} has no place" for key, tensor in full.items() if key not in names]
+    wrong += [f"{key} is missing" for key in names if key not in full]
+    if wrong:
+        raise FormatError(f"{path} does not fit {skeleton.architecture}: {several(wrong)}")
     return {names[key]: tensor for key, tensor in full.items()}
 
 

@@ -2,6 +2,7 @@
 
 Where a method exists in peft the two files are peft's, with its long-standing keys alone; elsewhere the tensors keep
 our names and `peft_type` says so. peftctl.json adds what peft has no place for: the whole method block and the base.
+manifest.json has the checksums of all; folders of other programs lack both.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from peftctl.formats.shards import read as read_header
 from peftctl.methods.base import Exchange, Method, MethodConfig
 from peftctl.methods.whole import named
 from peftctl.skeleton import Skeleton, dotted
+from peftctl.storage import MANIFEST, seal, verify
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,13 +37,17 @@ OWN_TYPE = "PEFTCTL"  # peft refuses it by name, as it should
 
 
 class Adapter(NamedTuple):
-    """An adapter read from a folder; `tensors` under our names."""
+    """An adapter read from a folder; `tensors` under our names.
+
+    `trained_on` and `fingerprint`: the base it was trained on and that base's weights, where the folder says it.
+    """
 
     folder: Path
     method: Method[Any]
     config: MethodConfig
     tensors: dict[str, Tensor]
-    fingerprint: str | None  # of the base it was trained on, where the folder says it
+    trained_on: str | None
+    fingerprint: str | None
 
 
 def write(
@@ -52,7 +58,7 @@ def write(
     tensors: Mapping[str, Tensor],
     base: Base,
 ) -> None:
-    """Write the three files into an existing folder. Raises OSError."""
+    """Write them into an existing folder, and a task's config beside them. Raises OSError."""
     from safetensors.torch import save_file
 
     keys, stored = as_peft(method, config, skeleton, tensors)
@@ -65,6 +71,7 @@ def write(
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in stored.items()}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
     heads.write(folder, base, skeleton)
+    seal(folder, [name for name in (CONFIG, WEIGHTS, OURS, heads.CONFIG) if (folder / name).is_file()])
 
 
 def as_peft(
@@ -99,8 +106,20 @@ def _facts(base: Base, skeleton: Skeleton) -> dict[str, Any]:
         "name": lasting_name(base),
         "revision": base.revision,
         "architecture": skeleton.architecture,
-        "fingerprint": fingerprint(base.weights) if base.weights is not None else None,
+        "weights": fingerprint(base.weights) if base.weights is not None else None,
     }
+
+
+def other_base(adapter: Adapter, base: Base) -> str | None:
+    """What is said of an adapter that was trained on other weights than this base's; None where it was not.
+
+    Of an adapter that does not say what it was trained on nothing is known.
+    """
+    if adapter.fingerprint is None or base.weights is None or adapter.fingerprint == fingerprint(base.weights):
+        return None
+    name = lasting_name(base)
+    told = f"and {name} holds other weights" if name != adapter.trained_on else "whose weights have changed since"
+    return f"{adapter.folder} was trained on {adapter.trained_on}, {told}"
 
 
 def lasting_name(base: Base) -> str:
@@ -127,6 +146,7 @@ def read(folder: Path, skeleton: Skeleton) -> Adapter:
 
     Raises FormatError with what is wrong.
     """
+    _intact(folder)
     keys = _json(folder / CONFIG)
     kind = keys.get("peft_type")
     if kind is None and "config" in keys:
@@ -141,14 +161,25 @@ def read(folder: Path, skeleton: Skeleton) -> Adapter:
         preferred = str(ours["method"].get("name")) if ours is not None else None
         block, tensors = _exchanged(folder, keys, skeleton, stored, preferred)
     method = methods.get(str(block.get("name")))
-    found = ours["base"].get("fingerprint") if ours is not None else None
-    return Adapter(folder, method, _config(method, block, folder), tensors, found)
+    trained = ours["base"] if ours is not None else {}
+    config = _config(method, block, folder)
+    return Adapter(folder, method, config, tensors, trained.get("name"), trained.get("weights"))
+
+
+def _intact(folder: Path) -> None:
+    """Refuse files that are not as they were written. Other programs' folders say nothing of that."""
+    if not (folder / MANIFEST).exists():
+        return
+    try:
+        verify(folder)
+    except FormatError as error:
+        raise FormatError(f"{error}; if it was changed on purpose, remove {MANIFEST}") from None
 
 
 def _adapterhub(folder: Path, document: Mapping[str, Any], skeleton: Skeleton) -> Adapter:
     block, tensors = adapterhub.read(folder, document, skeleton)
     method = methods.get(str(block["name"]))
-    return Adapter(folder, method, _config(method, block, folder), tensors, None)
+    return Adapter(folder, method, _config(method, block, folder), tensors, None, None)
 
 
 def _config(method: Method[Any], block: Mapping[str, Any], folder: Path) -> MethodConfig:

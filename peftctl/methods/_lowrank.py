@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -33,6 +33,9 @@ class LowRankConfig(TargetedConfig):
     @property
     def scale(self) -> float:
         return scale(self.rank, 2 * self.rank if self.alpha is None else self.alpha, self.rank_stabilized)
+
+    def meaning(self, skeleton: Skeleton) -> dict[str, Any]:
+        return {"the scale (alpha / rank)": self.scale}
 
 
 def scale(rank: int, alpha: float, stabilized: bool = False) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from peftctl.errors import FormatError
+from peftctl.errors import FormatError, several
 from peftctl.skeleton import Skeleton
 
 PREFIX = "base_model.model."
@@ -27,17 +27,6 @@ def task_type(skeleton: Skeleton) -> str | None:
 def number(value: float) -> int | float:
     """A whole number as an integer, as peft's own files have it."""
     return int(value) if value == int(value) else value
-
-
-def place(name: str, ends: Iterable[str], skeleton: Skeleton) -> tuple[str, str]:
-    """The module path and the ending of a tensor's name. Raises FormatError when it is not one that we know."""
-    end = next((end for end in ends if name.endswith(end)), None)
-    if end is None or not name.startswith(PREFIX):
-        raise FormatError(f"adapter_model.safetensors: {name} is no tensor that this method reads")
-    path = name[len(PREFIX) : -len(end)]
-    if not any(module.path == path for module in skeleton.modules):
-        raise FormatError(f"adapter_model.safetensors: {name} belongs to {path}, which {skeleton.architecture} lacks")
-    return path, end
 
 
 def shortest(paths: Sequence[str], skeleton: Skeleton) -> list[str]:
@@ -70,11 +59,22 @@ def refuse(keys: Mapping[str, Any], harmless: Mapping[str, tuple[Any, ...]]) -> 
 
 
 def renamed(tensors: Mapping[str, Any], names: Mapping[str, str], skeleton: Skeleton) -> dict[str, Any]:
-    """Tensors of a file under our names; `names` maps the ending of a name there to ours. Raises FormatError."""
-    found: dict[str, Any] = {}
+    """Tensors of a file under our names; `names` maps the ending of a name there to ours, the first that fits.
+
+    Raises FormatError, which names those that have no place here.
+    """
+    paths, found, wrong = {module.path for module in skeleton.modules}, dict[str, Any](), list[str]()
     for name, tensor in tensors.items():
-        path, end = place(name, names, skeleton)
-        found[f"{path}.{names[end]}"] = tensor
+        end = next((end for end in names if name.startswith(PREFIX) and name.endswith(end)), None)
+        path = name[len(PREFIX) : -len(end)] if end is not None else ""
+        if end is None:
+            wrong.append(f"{name} {tuple(tensor.shape)} is no tensor that this method reads")
+        elif path not in paths:
+            wrong.append(f"{name} {tuple(tensor.shape)} belongs to {path}, which {skeleton.architecture} lacks")
+        else:
+            found[f"{path}.{names[end]}"] = tensor
+    if wrong:
+        raise FormatError(f"adapter_model.safetensors: {several(wrong)}")
     if not found:
         raise FormatError(f"adapter_model.safetensors holds none of {', '.join(names)}")
     return found

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftctl.errors import FormatError, Unfoldable
+from peftctl.errors import FormatError, Unfoldable, several
 from peftctl.kernels.linear import Product
 from peftctl.skeleton import dotted
 
@@ -138,9 +138,8 @@ class Attachment(nn.Module):
         """Everything that training changes and answers depend on; a superset of `trainable`."""
         return dict(self.trainable())
 
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor], origin: str = "adapter") -> None:
-        """Copy saved values in. Refused whole when a name is missing, unknown, or of another shape (FormatError)."""
+    def fit(self, tensors: Mapping[str, Tensor], origin: str = "adapter") -> None:
+        """Refuse saved values of which a name is missing, unknown, or of another shape. Raises FormatError."""
         own = self.tensors()
         wrong = [f"{n}: missing, {tuple(own[n].shape)} expected" for n in own if n not in tensors]
         wrong += [f"{n}: {tuple(t.shape)}, not part of this adapter" for n, t in tensors.items() if n not in own]
@@ -150,8 +149,13 @@ class Attachment(nn.Module):
             if n in own and t.shape != own[n].shape
         ]
         if wrong:
-            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise FormatError(f"{origin} does not fit this base: " + "; ".join(wrong[:5]) + more)
+            raise FormatError(f"{origin} does not fit this base: {several(wrong)}")
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], origin: str = "adapter") -> None:
+        """Copy saved values in, all or none. Raises FormatError where they do not `fit`."""
+        self.fit(tensors, origin)
+        own = self.tensors()
         for name, value in tensors.items():
             own[name].copy_(value)
 

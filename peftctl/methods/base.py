@@ -31,6 +31,10 @@ class MethodConfig(BaseModel):
         None, description="modules that are trained and saved whole beside the adapter"
     )
 
+    def meaning(self, skeleton: Skeleton) -> dict[str, Any]:
+        """What of these settings decides what the saved tensors compute, beside their names and shapes."""
+        return {}
+
 
 C = TypeVar("C", bound=MethodConfig)
 

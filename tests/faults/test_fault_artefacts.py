@@ -17,20 +17,31 @@ from safetensors.torch import load_file, save_file
 from peftctl import base as bases
 from peftctl import checkpoint
 from peftctl import model as models
-from peftctl.errors import FormatError
+from peftctl.errors import FormatError, InputError
+from peftctl.exporting import export
 from peftctl.formats import peft, shards
 from peftctl.skeleton import Skeleton
+from peftctl.storage import MANIFEST
 from tests import runs
 from tests.faults.conftest import Answer, Seen
 from tests.test_checkpoint import forge, state
 
 Call = Callable[..., Answer]
+# a last argument is where something would be made
+COMMANDS: dict[str, list[Any]] = {
+    "generate": ["--prompt", "x", "--system"],
+    "eval": ["--data", runs.CONFIGS / "data" / "messages.jsonl", "--device"],
+    "merge": ["--output"],
+    "export": ["--to", "peft", "--output"],
+}
 
 
 @pytest.fixture
 def adapter(trained: Path, tmp_path: Path) -> Path:
-    """A copy of an adapter, to be spoilt."""
-    return Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
+    """A copy of an adapter, to be spoilt; without checksums, which would tell it first."""
+    folder = Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
+    (folder / MANIFEST).unlink()
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +152,22 @@ def test_a_base_with_a_lying_header_is_no_traceback(trained: Path, tmp_path: Pat
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.fault(23)
+def test_a_flipped_bit_in_an_adapter_is_told_by_every_command(
+    trained: Path, tmp_path: Path, call: Call, seen: Seen
+) -> None:
+    folder = Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
+    content = bytearray((folder / peft.WEIGHTS).read_bytes())
+    content[-100] ^= 4
+    (folder / peft.WEIGHTS).write_bytes(content)
+    for command in COMMANDS:
+        answer = call(command, folder, *COMMANDS[command], tmp_path / "made")
+        (line,) = answer.err.splitlines()
+        assert answer.code == 2 and answer.out == "" and f"{peft.WEIGHTS}: damaged: sha256" in line
+    assert not (tmp_path / "made").exists()
+    seen(line.removeprefix("peftctl: error: "))
+
+
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("manifest", [None, b"{", b'{"format": 2, "files": {}}'])
 def test_a_checkpoint_without_a_manifest_is_refused_when_it_is_named(
@@ -182,6 +209,31 @@ def test_an_adapter_of_another_base_is_refused_by_its_first_tensors(
     assert answer.code == 2 and "does not fit this base: model.layers.0" in lines[-1] and "more" in lines[-1]
     assert answer.out == "" and not (tmp_path / "merged").exists()
     seen(lines[-1].removeprefix("peftctl: error: "))
+
+
+@pytest.mark.fault(25)
+def test_a_base_of_equal_shapes_is_refused_unless_it_is_named(
+    trained: Path, tmp_path: Path, call: Call, seen: Seen
+) -> None:
+    runs.train(tmp_path / "other", runs.document(train={"seed": 1}))
+    elsewhere, own = tmp_path / "other" / "base", json.loads((trained / "adapter" / peft.CONFIG).read_text())
+    moved = Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
+    (moved / peft.CONFIG).write_text(json.dumps(own | {"base_model_name_or_path": str(elsewhere)}))
+    (moved / MANIFEST).unlink()
+    for command in COMMANDS:
+        answer = call(command, moved, *COMMANDS[command], tmp_path / "made")
+        (line,) = answer.err.splitlines()
+        assert answer.code == 2 and str(trained / "base") in line and f"{elsewhere} holds other weights" in line
+    assert not (tmp_path / "made").exists()
+    seen(line.removeprefix("peftctl: error: ").replace(str(trained), "run"))
+    answer = call("generate", moved, "--base", elsewhere, "--prompt", "x", "--max-new-tokens", 1)
+    assert answer.code == 0 and "holds other weights; going on with what --base names" in answer.err
+    begun = runs.document(model={"name": str(elsewhere)}, method={"init_from": str(trained)})
+    with pytest.raises(InputError, match=r"method.init_from: .* holds other weights; peftctl export --to peft --base"):
+        runs.train(tmp_path / "second", begun)
+    export(str(trained), tmp_path / "rewritten", to="peft", base=str(elsewhere))
+    begun["method"]["init_from"] = str(tmp_path / "rewritten")
+    assert runs.train(tmp_path / "second", begun)["steps"] == 4
 
 
 @pytest.mark.fault(26)

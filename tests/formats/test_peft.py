@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,17 @@ import peft as oracle
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from peftctl import methods
-from peftctl.adapter import attach
+from peftctl.adapter import attach, fit
 from peftctl.base import Base, resolve
 from peftctl.errors import FormatError, InputError
-from peftctl.formats.peft import CONFIG, OURS, OWN_TYPE, WEIGHTS, base_of, read, write
+from peftctl.formats.peft import CONFIG, OURS, OWN_TYPE, WEIGHTS, base_of, other_base, read, write
 from peftctl.formats.shards import fingerprint
 from peftctl.methods.attachment import Attachment
 from peftctl.methods.base import MethodConfig
+from peftctl.storage import MANIFEST
 from peftctl.surgery import skeleton
 from tests.models import logits, tiny
 
@@ -83,7 +86,7 @@ def test_the_files_are_plain_sorted_and_say_pt(name: str, base: Base, tmp_path: 
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
     with safe_open(tmp_path / "adapter" / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [CONFIG, WEIGHTS, OURS]
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [CONFIG, WEIGHTS, MANIFEST, OURS]
 
 
 def test_views_and_shared_memory_are_written_as_what_they_hold(base: Base, tmp_path: Path) -> None:
@@ -192,3 +195,77 @@ def test_another_base_is_told_by_the_first_five_tensors(base: Base, tmp_path: Pa
     other = adapter.method.config(name="bottleneck", width=7)
     with pytest.raises(FormatError, match=r"does not fit this base: (model\.\S+: [^;]+; ){4}.* and \d+ more"):
         attach(tiny("llama"), adapter.method, other, 0).load(adapter.tensors, "adapter")
+
+
+@pytest.mark.fault(25)
+def test_a_base_of_equal_shapes_and_other_weights_is_told_by_both_names(base: Base, tmp_path: Path) -> None:
+    written("lora", base, tmp_path / "adapter")
+    adapter = read(tmp_path / "adapter", skeleton(tiny("llama")))
+    assert other_base(adapter, base) is None
+    tiny("llama").save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert other_base(adapter, resolve(str(tmp_path / "again"))) is None
+    other = tiny("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[-1, -1] += 0.1
+    other.save_pretrained(tmp_path / "other")
+    told = other_base(adapter, resolve(str(tmp_path / "other")))
+    assert told is not None and f"trained on {tmp_path / 'base'}, and {tmp_path / 'other'} holds other" in told
+    other.save_pretrained(tmp_path / "base")
+    told = other_base(adapter, base)
+    assert told is not None and told.endswith("base, whose weights have changed since")
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, OURS])
+def test_a_flipped_bit_is_told(name: str, base: Base, tmp_path: Path) -> None:
+    written("lora", base, tmp_path / "adapter")
+    path = tmp_path / "adapter" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        FormatError, match=rf"{name}: damaged: sha256 .*; if it was changed on purpose, remove {MANIFEST}"
+    ):
+        read(tmp_path / "adapter", skeleton(tiny("llama")))
+
+
+def test_all_tensors_without_a_place_are_told_with_their_shapes(base: Base, tmp_path: Path) -> None:
+    written("lora", base, tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / WEIGHTS)
+    strange = {name.replace("layers.1", "layers.7").replace("layers.0", "layers.6"): t for name, t in stored.items()}
+    save_file(strange, tmp_path / "adapter" / WEIGHTS)
+    (tmp_path / "adapter" / MANIFEST).unlink()
+    said = r"(base_model\S+ \(\d+, \d+\) belongs to model\S+, which LlamaForCausalLM lacks(; | and )){5}3 more"
+    with pytest.raises(FormatError, match=said):
+        read(tmp_path / "adapter", skeleton(tiny("llama")))
+
+
+@pytest.mark.parametrize("change", ["missing", "strange", "wider"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_file_that_does_not_fit_is_refused_before_any_weight_is_read(
+    name: str, change: str, base: Base, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    written(name, base, folder)
+    stored = load_file(folder / WEIGHTS)
+    last = sorted(stored)[-1]
+    if change == "missing":
+        del stored[last]
+    elif change == "strange":
+        stored["base_model.model.strange"] = torch.zeros(7, 3)
+    else:
+        stored[last] = torch.cat([stored[last], stored[last]], dim=-1)
+    save_file(stored, folder / WEIGHTS)
+    (folder / MANIFEST).unlink()
+    # what is missing of a whole module leaves an adapter of fewer modules, which the config does not contradict
+    fewer = change == "missing" and name in ("ia3", "ln-tuning")
+    with nullcontext() if fewer else pytest.raises(FormatError) as caught:
+        adapter = read(folder, skeleton(tiny("llama")))
+        fit(base, adapter.method, adapter.config, adapter.tensors, "it")
+    if not fewer:
+        said = str(caught.value)
+        told = {
+            "missing": "missing|lacks|expected",
+            "strange": r"strange",
+            "wider": r"\(.*\), \(.*\) expected|wide|neither",
+        }
+        assert "\n" not in said and re.search(told[change], said)

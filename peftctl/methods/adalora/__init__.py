@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
@@ -44,6 +44,9 @@ class AdaloraConfig(TargetedConfig):
     @property
     def scale(self) -> float:
         return 2.0 if self.alpha is None else self.alpha / self.first_rank
+
+    def meaning(self, skeleton: Skeleton) -> dict[str, Any]:
+        return {"the scale (alpha / initial_rank)": self.scale}
 
 
 def _count(skeleton: Skeleton, config: AdaloraConfig) -> Counted:

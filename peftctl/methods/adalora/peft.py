@@ -77,6 +77,9 @@ def _whole(found: Mapping[str, Any], path: str, rank: int, kept: list[bool] | No
 
     keep = torch.ones(rank) if kept is None else torch.tensor(kept).float()
     places = keep.nonzero()[:, 0]
+    missing = [f"{PREFIX}{path}.{theirs}" for name, theirs in NAMES.items() if f"{path}.{name}" not in found]
+    if missing:
+        raise FormatError(f"adapter_model.safetensors lacks {', '.join(missing)}")
     a, b, e = (found[f"{path}.{name}"].float() for name in ("a", "b", "e"))
     if (len(keep), len(a), b.shape[1], e.numel()) != (rank, *(len(places),) * 3):
         raise FormatError(f"adapter_model.safetensors: the factors of {path} do not fit init_r and rank_pattern")

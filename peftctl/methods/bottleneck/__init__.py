@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,9 @@ class BottleneckConfig(MethodConfig):
         if self.width is not None and self.reduction_factor is not None:
             raise ValueError("give either width or reduction_factor, not both")
         return self
+
+    def meaning(self, skeleton: Skeleton) -> dict[str, Any]:
+        return {"preset": self.preset, "activation": self.activation or PRESETS[self.preset].activation}
 
     def width_in(self, hidden: int) -> int:
         """Width of the bottleneck for a hidden width, at least 1."""

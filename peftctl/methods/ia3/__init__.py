@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,11 @@ class Ia3Config(MethodConfig):
     feedforward_modules: str | list[str] | None = Field(
         None, description="whose inputs are scaled: names, or a regex; null: the linear that ends each MLP; []: none"
     )
+
+    def meaning(self, skeleton: Skeleton) -> dict[str, Any]:
+        found = scaled(skeleton, self)
+        sides = {"output": found.outputs, "input": found.inputs}
+        return {f"what is scaled of {m.path}": side for side, modules in sides.items() for m in modules}
 
     @model_validator(mode="after")
     def _something(self) -> Ia3Config:

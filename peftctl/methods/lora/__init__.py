@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,6 +43,11 @@ class LoraConfig(LowRankConfig):
     bias: Literal["none", "lora_only", "all"] = Field(
         "none", description="biases trained as well: none, those of the chosen modules, or all"
     )
+
+    def meaning(self, skeleton: Skeleton) -> dict[str, Any]:
+        from peftctl.methods.lora.places import places
+
+        return {f"the scale (alpha / rank) of {one.module.path}": one.scale for one in places(skeleton, self).places}
 
     @model_validator(mode="after")
     def _one_start(self) -> LoraConfig:

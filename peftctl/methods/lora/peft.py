@@ -11,7 +11,7 @@ from typing import Any
 
 from peftctl.errors import FormatError
 from peftctl.methods._biases import biased
-from peftctl.methods._peft import PREFIX, number, place, refuse, shortest, targeting
+from peftctl.methods._peft import PREFIX, number, paths_of, refuse, renamed, shortest, targeting
 from peftctl.methods.base import Exchange
 from peftctl.methods.lora import LoraConfig
 from peftctl.methods.lora.places import Place, copies, pattern, places
@@ -31,6 +31,7 @@ _NAMES = {
     ".lora_embedding_A": "a",
     ".lora_embedding_B": "b",
 }
+_BIASES = {".base_layer.bias": "bias", ".bias": "bias"}
 
 
 def write(config: LoraConfig, skeleton: Skeleton, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -102,18 +103,13 @@ def read(
     keys: Mapping[str, Any], skeleton: Skeleton, tensors: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     refuse(keys, HARMLESS)
-    ours: dict[str, Any] = {}
-    trained: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        if name.endswith(".base_layer.weight"):
-            continue  # peft adds the base's own embedding when that is targeted
-        if name.endswith(".bias") and keys.get("bias") not in (None, "none"):
-            path, _ = place(name.replace(".base_layer.bias", ".bias"), [".bias"], skeleton)
-            trained[f"{path}.bias"] = tensor
-            continue
-        path, end = place(name, _NAMES, skeleton)
-        ours[f"{path}.{_NAMES[end]}"] = tensor
-    paths = list(dict.fromkeys(name.rpartition(".")[0] for name in ours))
+    biases = _BIASES if keys.get("bias") not in (None, "none") else {}
+    # peft adds the base's own embedding when that is targeted
+    own = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}
+    found = renamed(own, _NAMES | biases, skeleton)
+    trained = {name: tensor for name, tensor in found.items() if name.endswith(".bias")}
+    ours = {name: tensor for name, tensor in found.items() if name not in trained}
+    paths = paths_of(ours)
     if not paths:
         raise FormatError("adapter_model.safetensors holds no lora_A or lora_B")
     block = {
