@@ -56,6 +56,7 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     trust = options.trust_remote_code
     base, chat = base_and_chat(recipe, trust_remote_code=trust, now=options.now)
     recipe, base = asked(recipe, base)
+    recipe = recipe.model_copy(update={"method": recipe.method.tokenized(chat.encode)})
     counts = count(base, methods.get(recipe.method.name), recipe.method, trust_remote_code=trust)
     skeleton = models.skeleton(base, trust_remote_code=trust)
     with tokenising(options.quiet) as shown:

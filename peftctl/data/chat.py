@@ -63,6 +63,10 @@ class Chat:
         after = after if after[-1:] == (self.eos,) else (*after, self.eos)
         return (*before, *after), (0.0,) * len(before) + (1.0,) * len(after)
 
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of a text as the tokenizer itself gives them, with what it puts around one."""
+        return tuple(self.tokenizer.encode(text).ids)
+
     def prompt(self, text: str) -> tuple[int, ...]:
         """Ids of a plain prompt: with what the tokenizer opens a text with (BOS), once."""
         ids = self._ids(text)

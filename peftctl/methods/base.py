@@ -6,7 +6,7 @@ imported by `attach` alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, TypeVar
 
@@ -30,6 +30,10 @@ class MethodConfig(BaseModel):
     save_modules: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="modules that are trained and saved whole beside the adapter"
     )
+
+    def tokenized(self, encode: Callable[[str], Sequence[int]]) -> MethodConfig:
+        """The same with whatever text is in it encoded, for a start that needs it. Raises InputError."""
+        return self
 
     def meaning(self, skeleton: Skeleton) -> dict[str, Any]:
         """What of these settings decides what the saved tensors compute, beside their names and shapes."""

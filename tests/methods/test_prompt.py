@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import peft
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from peftctl.batch import build
-from peftctl.errors import FormatError, TargetError
+from peftctl.data.chat import Chat
+from peftctl.errors import FormatError, InputError, TargetError
 from peftctl.generation import generate, generate_plainly
 from peftctl.head import head_of
 from peftctl.layout import choose
@@ -20,8 +23,10 @@ from peftctl.methods.prompt.peft import EXCHANGE
 from peftctl.policy import Layout, Policy, last_hidden
 from peftctl.row import Row
 from peftctl.surgery import skeleton
+from tests import runs
 from tests.methods import contract, oracle
 from tests.models import ENCODERS, NAMES, tiny
+from tests.runs import CONFIGS
 
 TOKENS = 5
 SERVED = [name for name in NAMES if name != "t5"]
@@ -56,6 +61,35 @@ def test_starts_as_embeddings_of_the_vocabulary_with_the_familys_scale(name: str
     assert all(any(torch.equal(row, token) for token in every) for row in attachment.tensors()["prompt"])
     _, other = contract.attached(prompt(), name, seed=1)
     assert not torch.equal(other.tensors()["prompt"], attachment.tensors()["prompt"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_starts_as_the_embeddings_of_a_text_as_pefts_does(tokens: int) -> None:
+    text, folder = "Answer in one word. ", CONFIGS / "tokenizer"
+    big = tiny("llama")
+    big.resize_token_embeddings(Chat(folder).vocabulary)
+    config = prompt(init="text", init_text=text, num_virtual_tokens=tokens).tokenized(Chat(folder).encode)
+    wanted = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=tokens,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path=str(folder),
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(big), wanted)
+    expected = theirs.prompt_encoder["default"].embedding.weight
+    assert torch.equal(METHOD.attach(big, config).tensors()["prompt"], expected)
+    assert len(config.ids) == tokens and len(set(config.ids)) > 2
+
+
+def test_a_run_starts_at_its_text(tmp_path: Path) -> None:
+    text = {"init": "text", "init_text": "Be brief.", "num_virtual_tokens": 4}
+    runs.train(tmp_path / "run", runs.document("prompt", method=text, train={"learning_rate": 1e-12, "max_steps": 1}))
+    found = runs.adapter(tmp_path / "run")["prompt_embeddings"]
+    ids = Chat(CONFIGS / "tokenizer").encode("Be brief.")[:4]
+    embeddings = load_file(tmp_path / "run" / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    torch.testing.assert_close(found, embeddings[list(ids)], atol=1e-6, rtol=0)
 
 
 def test_starts_at_random_as_the_paper_does() -> None:
@@ -137,10 +171,27 @@ def test_refuses_an_encoder_beside_by_name() -> None:
         METHOD.count(bare, prompt())
 
 
-@pytest.mark.parametrize("keys", [{"num_virtual_tokens": 0}, {"init": "text"}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_virtual_tokens": 0},
+        {"init": "text"},
+        {"init_text": "a"},
+        {"init": "text", "init_text": ""},
+        {"init": "text", "init_text": "a", "init_from": "b"},
+    ],
+)
 def test_refuses_impossible_blocks(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         prompt(**keys)
+
+
+def test_a_text_without_tokens_is_refused() -> None:
+    text = prompt(init="text", init_text=" ")
+    with pytest.raises(InputError, match=r"method\.init_text: ' ' has no tokens"):
+        text.tokenized(lambda words: ())
+    with pytest.raises(InputError, match="a tokenizer has to encode it first"):
+        METHOD.attach(tiny("llama"), text)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -29,6 +29,7 @@ def attach(model: nn.Module, config: PromptConfig) -> Attachment:
     if config.init == "random":
         rows = torch.rand(config.num_virtual_tokens, width) - 0.5  # section 3.2
     else:
-        ids = torch.randint(table.dimensions.vocabulary, (config.num_virtual_tokens,))
+        drawn = torch.randint(table.dimensions.vocabulary, (config.num_virtual_tokens,))
+        ids = torch.tensor(config.ids) if config.init == "text" else drawn
         rows = lookup(ids.to(like.device)).detach().float()  # what it gives, with the scale that some families put on
     return RowsAttachment(Prompt(rows), like.dtype)
