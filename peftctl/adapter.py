@@ -14,6 +14,7 @@ from peftctl.methods._copies import copied
 from peftctl.methods.attachment import Attachment
 from peftctl.methods.base import Method, MethodConfig
 from peftctl.methods.whole import saved, whole
+from peftctl.skeleton import Skeleton, dotted
 from peftctl.surgery import device_of, skeleton
 
 
@@ -47,4 +48,14 @@ def fit(
 ) -> None:
     """Refuse an adapter's values that do not belong on this base, before a weight is read. Raises FormatError."""
     with torch.device("meta"):
-        deltas(models.empty(base, trust_remote_code=trust_remote_code), method, config).fit(tensors, origin)
+        model = models.empty(base, trust_remote_code=trust_remote_code)
+        attachment = deltas(model, method, config)
+    attachment.fit(with_head(tensors, attachment, skeleton(model)), origin)
+
+
+def with_head(tensors: Mapping[str, Tensor], attachment: Attachment, table: Skeleton) -> Mapping[str, Tensor]:
+    """An adapter's values; of one that was trained without a head, as for dialogues, the head stays as it was drawn."""
+    head = {dotted(module.path, name) for module in table.added for name in module.shapes}
+    if any(name in head for name in tensors):
+        return tensors
+    return {name: tensor for name, tensor in attachment.tensors().items() if name in head} | dict(tensors)

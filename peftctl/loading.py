@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from peftctl import checkpoint, methods, objectives, optim
 from peftctl import model as models
-from peftctl.adapter import attach
+from peftctl.adapter import attach, with_head
 from peftctl.checkpoint import Progress, State
 from peftctl.fuse import affordable
 from peftctl.imports import unswept
@@ -22,7 +20,6 @@ from peftctl.policy import Policy, Reference, checkpointed, frozen_copy
 from peftctl.reference import reference_of
 from peftctl.run_folder import RunFolder
 from peftctl.schema import TrainConfig
-from peftctl.skeleton import dotted
 from peftctl.surgery import without_dropout
 
 
@@ -53,7 +50,8 @@ def load(planned: Plan, folder: RunFolder, state: State | None, options: Options
         checkpointed(model)
     attachment = attach(model, methods.get(recipe.method.name), recipe.method, settings.seed)
     if planned.start is not None:
-        attachment.load(_with_head(planned.start.tensors, attachment, planned), str(recipe.method.init_from))
+        values = with_head(planned.start.tensors, attachment, planned.skeleton)
+        attachment.load(values, str(recipe.method.init_from))
     start = frozen_copy(attachment)
     policy = policy_of(model, attachment, planned.skeleton.dimensions.layers, recipe.model.layout, folder.layout())
     if settings.fuse:
@@ -75,14 +73,6 @@ def load(planned: Plan, folder: RunFolder, state: State | None, options: Options
     progress = Progress() if state is None else _restore(attachment, optimizer, state)
     policy.train()
     return Training(policy, attachment, start, reference, optimizer, progress)
-
-
-def _with_head(tensors: Mapping[str, Tensor], attachment: Attachment, planned: Plan) -> Mapping[str, Tensor]:
-    """An adapter's values; of one that was trained without a head, as for dialogues, the head stays as it was drawn."""
-    head = {dotted(module.path, name) for module in planned.skeleton.added for name in module.shapes}
-    if any(name in head for name in tensors):
-        return tensors
-    return {name: tensor for name, tensor in attachment.tensors().items() if name in head} | dict(tensors)
 
 
 def _packed(settings: TrainConfig, model: Any) -> bool:
