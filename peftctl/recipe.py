@@ -16,6 +16,7 @@ from peftctl.composed import shared_folder as shared_folder
 from peftctl.errors import Problem, RecipeError, suggest
 from peftctl.located import Node, Place, write
 from peftctl.methods.base import MethodConfig
+from peftctl.row import FORMATS
 from peftctl.schema import DataConfig, ModelConfig, Recipe, TrainConfig
 
 BLOCKS: dict[str, type[BaseModel]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
@@ -86,6 +87,11 @@ def json_schema() -> dict[str, Any]:
 def starter() -> str:
     """A recipe to begin with; it runs as it is."""
     return (shared_folder("recipes") / "starter.yaml").read_text("utf-8")
+
+
+def suitable(objective: str) -> list[str]:
+    """The formats of rows that an objective can learn from."""
+    return [name for name, kind in FORMATS.items() if kind in objectives.get(objective).kinds]
 
 
 def _smoke(root: Node) -> Node:
@@ -183,8 +189,8 @@ def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
         yield at("train.compile", "is not served: leave it false")
     if train and data and train.eval_every is not None and data.validation is None:
         yield at("train.eval_every", "has nothing to evaluate: set data.validation")
-    if data and objective and data.format not in {"auto", *objectives.get(objective.name).kinds}:
-        kinds = " or ".join(sorted(objectives.get(objective.name).kinds))
+    if data and objective and data.format not in {"auto", *suitable(objective.name)}:
+        kinds = " or ".join(suitable(objective.name))
         yield at("data.format", f"{data.format} does not suit objective {objective.name}, which learns from {kinds}")
     if model and objective and model.task != objectives.get(objective.name).task:
         needed = objectives.get(objective.name).task

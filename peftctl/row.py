@@ -35,19 +35,31 @@ def judged(ids: tuple[int, ...], target: float = 0, **more: Any) -> Row:
 
 
 class Message(NamedTuple):
+    """One turn. `weight`: what its labels count, where the row itself says so (0: it is not learnt); else None.
+
+    `more`: what else a chat template is shown of it (tool_calls, name, ...), by name.
+    """
+
     role: str
     content: str
+    weight: float | None = None
+    more: tuple[tuple[str, Any], ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """As a chat template sees it: keys that are not given are not there."""
+        return {"role": self.role, "content": self.content, **dict(self.more)}
 
 
 class Example(NamedTuple):
     """One example of a data file, recognised. What is not of its kind is empty.
 
-    `messages`: messages. `completion`: prompt_text + completion. `preference`: messages as the prompt, and the two
-    answers, each one or more messages (or, with prompt_text, plain texts). `unpaired`: as messages that end with an
-    answer, or as completion, and whether the answer is a desirable one.
+    `messages`: messages. `completion`: prompt_text + completion; or messages, of which those of the prompt have the
+    weight 0. `text`: completion alone. `preference`: messages as the prompt, and the two answers, each one or more
+    messages (or, with prompt_text, plain texts). `unpaired`: as messages that end with an answer, or as completion,
+    and whether the answer is a desirable one.
     """
 
-    kind: str  # "messages", "completion", "preference", "unpaired"
+    kind: str  # "messages", "completion", "text", "preference", "unpaired"
     place: str  # file:line, for errors
     messages: tuple[Message, ...] = ()
     prompt_text: str = ""
@@ -55,3 +67,16 @@ class Example(NamedTuple):
     chosen: tuple[Message, ...] | str = ()
     rejected: tuple[Message, ...] | str = ()
     label: bool = False
+    tools: tuple[Any, ...] = ()  # what the assistant may call, as a chat template is shown it
+
+
+# how rows may be written, by the name that data.format gives it, and the kind of example that each becomes
+FORMATS = {
+    "messages": "messages",
+    "sharegpt": "messages",
+    "alpaca": "messages",
+    "completion": "completion",
+    "text": "text",
+    "preference": "preference",
+    "unpaired": "unpaired",
+}

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializeAsAny
 
+from peftctl.errors import suggest
 from peftctl.methods.base import MethodConfig
 from peftctl.objectives.base import ObjectiveConfig
+from peftctl.row import FORMATS
 
 
 class Block(BaseModel):
@@ -28,14 +30,20 @@ class ModelConfig(Block):
     shrink: bool = Field(False, description="a tiny random model of the same architecture instead; for smoke runs")
 
 
+def _format(name: str) -> str:
+    if name != "auto" and name not in FORMATS:
+        raise ValueError(f"{name!r} is not known{suggest(name, FORMATS)}; auto, {', '.join(FORMATS)} are")
+    return name
+
+
 class DataConfig(Block):
     train: str = Field(min_length=1, description="a data file, a folder or a pattern of files")
     validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[str, Field(min_length=1)] | None = Field(
         None, description="a share to hold out, or a file"
     )
     max_length: int = Field(1024, ge=2, description="longest row in tokens; longer ones are bad rows")
-    format: Literal["auto", "messages", "completion", "preference", "unpaired"] = Field(
-        "auto", description="auto: by the columns"
+    format: Annotated[str, AfterValidator(_format)] = Field(
+        "auto", description="auto: by the columns", json_schema_extra={"enum": ["auto", *FORMATS]}
     )
     columns: dict[str, str] | None = Field(None, description="our name of a column: the file's")
     on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with a row that cannot be used")

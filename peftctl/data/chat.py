@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from peftctl.data.spans import Span, ending, learnt
+from peftctl.data.spans import Dialogue, Span, Trained, ending, learnt
 from peftctl.data.template import Template
 from peftctl.errors import DataError, FormatError
 from peftctl.row import Message
@@ -49,9 +49,14 @@ class Chat:
         self.eos = self.tokenizer.token_to_id(self.tokens.get("eos_token", ""))
         self.eos_ids = self._eos_ids()
 
-    def dialogue(self, messages: Sequence[Message], trained: str = "assistant") -> Encoded:
-        """Ids and label weights of the rendered dialogue. `trained`: `assistant` or `last`. Raises DataError."""
-        text, spans = learnt(self._templated(), messages, trained, self.special)
+    def dialogue(
+        self, messages: Sequence[Message], trained: Trained = "assistant", tools: Sequence[Any] = ()
+    ) -> Encoded:
+        """Ids and label weights of the rendered dialogue. Raises DataError.
+
+        `trained`: `assistant`, `last`, `all`, or the roles whose turns are learnt; `tools`: for the template.
+        """
+        text, spans = learnt(Dialogue(self._templated(), messages, self.special, tools), trained)
         return self._label(text, spans)
 
     def completion(self, prompt: str, answer: str) -> Encoded:
@@ -66,6 +71,13 @@ class Chat:
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a text as the tokenizer itself gives them, with what it puts around one."""
         return tuple(self.tokenizer.encode(text).ids)
+
+    def text(self, text: str) -> Encoded:
+        """Ids and label weights of a text, all of which is learnt: opened as a prompt is, its end included."""
+        ids = self.prompt(text)
+        if self.eos is not None and ids[-1:] != (self.eos,):
+            ids = (*ids, self.eos)
+        return ids, (1.0,) * len(ids)
 
     def prompt(self, text: str) -> tuple[int, ...]:
         """Ids of a plain prompt: with what the tokenizer opens a text with (BOS), once."""
@@ -118,9 +130,9 @@ class Chat:
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         weights, which = [], 0
         for start, _ in encoding.offsets:
-            while which < len(spans) and start >= spans[which][1]:
+            while which < len(spans) and start >= spans[which].stop:
                 which += 1
-            weights.append(1.0 if which < len(spans) and start >= spans[which][0] else 0.0)
+            weights.append(spans[which].weight if which < len(spans) and start >= spans[which].start else 0.0)
         return tuple(encoding.ids), tuple(weights)
 
     def _continuation(self, prompt: str, answer: str) -> tuple[int, ...]:

@@ -121,9 +121,9 @@ def _encoded(
     seen = dict.fromkeys(column for _, row in head if isinstance(row, dict) for column in row)
     written = Written(name, tuple(seen), format, columns, objective.kinds)
     decided = written.decide()
-    if seen and decided.kind not in objective.kinds:
+    if seen and decided.format.kind not in objective.kinds:
         wanted = " or ".join(DESCRIBED[kind] for kind in sorted(objective.kinds))
-        raise DataError(f"{name} has {DESCRIBED[decided.kind]}; objective {objective.name} learns from {wanted}")
+        raise DataError(f"{name} has {decided.format.described}; objective {objective.name} learns from {wanted}")
     job = Job(chat, objective, config, written, decided, max_length, vocabulary)
     packed, faults, counts, longest = Packed(), list[tuple[int, str]](), Counter[str](), 0
     for chunk in chunks(job, reading.batches(head), reading.long):
@@ -140,7 +140,7 @@ def _encoded(
         raise DataError(_refusal(name, listed, counts["refused"], counts["read"], on_bad_row))
     report = Report(
         name=name,
-        kind=decided.kind,
+        kind=decided.format.kind,
         read=counts["read"],
         kept=counts["read"] - counts["refused"],
         refused=counts["refused"],

@@ -6,7 +6,7 @@ What a template sees and how white space is cut is as in transformers, so that b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -46,16 +46,20 @@ class Template:
         except TemplateError as error:
             raise DataError(f"{name} does not compile: {error} (line {getattr(error, 'lineno', '?')})") from None
 
-    def render(self, messages: Sequence[Message], prompt: bool = False) -> Rendered:
-        """The dialogue as text; with `prompt`, followed by what opens the assistant's next turn."""
-        if any(mark in message.content for message in messages for mark in (OPEN, CLOSE)):
-            raise DataError("a message holds U+FDD0 or U+FDD1, which are no characters")
-        return _locate("".join(self._pieces([message._asdict() for message in messages], prompt)))
+    def render(self, messages: Sequence[Message], prompt: bool = False, tools: Sequence[Any] = ()) -> Rendered:
+        """The dialogue as text; with `prompt`, followed by what opens the assistant's next turn.
 
-    def _pieces(self, messages: list[dict[str, Any]], prompt: bool) -> list[str]:
+        `tools`: what the assistant may call, as JSON values.
+        """
+        documents = [message.document() for message in messages]
+        if any(mark in text for text in _texts(messages, tools) for mark in (OPEN, CLOSE)):
+            raise DataError("a message holds U+FDD0 or U+FDD1, which are no characters")
+        return _locate("".join(self._pieces(documents, prompt, list(tools) or None)))
+
+    def _pieces(self, messages: list[dict[str, Any]], prompt: bool, tools: list[Any] | None) -> list[str]:
         pieces: list[str] = []
         length = 0
-        values = {**self.tokens, "messages": messages, "tools": None, "documents": None}
+        values = {**self.tokens, "messages": messages, "tools": tools, "documents": None}
         try:
             for piece in self.compiled.generate(**values, add_generation_prompt=prompt):
                 pieces.append(piece)
@@ -118,6 +122,14 @@ def _tojson(
 
 def _refuse(message: str) -> None:
     raise Refused(message)
+
+
+def _texts(messages: Sequence[Message], tools: Sequence[Any]) -> Iterator[str]:
+    """All that a template may print of a dialogue."""
+    yield from (message.content for message in messages)
+    more = [message.more for message in messages if message.more]
+    if more or tools:
+        yield json.dumps([more, list(tools)], ensure_ascii=False)
 
 
 def _locate(marked: str) -> Rendered:

@@ -37,7 +37,7 @@ def encode(example: Example, encoder: Encoder, config: ObjectiveConfig) -> tuple
     chosen, rejected = (
         Row(*encoder.completion(example.prompt_text, answer), role=role)
         if isinstance(answer, str)
-        else Row(*encoder.dialogue((*example.messages, *answer), "last"), role=role)
+        else Row(*encoder.dialogue((*example.messages, *answer), "last", example.tools), role=role)
         for role, answer in (("chosen", example.chosen), ("rejected", example.rejected))
     )
     if chosen.ids == rejected.ids:

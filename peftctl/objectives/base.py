@@ -71,11 +71,20 @@ class Scored(Answers, Protocol):
 class Encoder(Protocol):
     """What an objective may ask of the tokenizer and its chat template. Raises DataError with the example's place."""
 
-    def dialogue(self, messages: Sequence[Message], trained: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Ids and label weights of a rendered dialogue; `trained`: `assistant` (all its turns) or `last` (the last)."""
+    def dialogue(
+        self, messages: Sequence[Message], trained: str | Sequence[str], tools: Sequence[Any] = ()
+    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Ids and label weights of a rendered dialogue.
+
+        `trained`: `assistant` (all its turns), `last` (its last), `all` (the whole text), or the roles whose turns are
+        learnt; a message's own weight goes before that. `tools`: what the template is shown as such.
+        """
 
     def completion(self, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Ids and label weights of plain prompt and answer, the end-of-text token after the answer included."""
+
+    def text(self, text: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Ids and label weights of a whole text, all of which is learnt, its end-of-text token included."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def encode(example: Example, encoder: Encoder, config: KtoConfig) -> tuple[Row, 
     """One row. Raises DataError with the reason."""
     role = JUDGED[0] if example.label else JUDGED[1]
     if example.messages:
-        return (Row(*encoder.dialogue(example.messages, "last"), role=role),)
+        return (Row(*encoder.dialogue(example.messages, "last", example.tools), role=role),)
     return (Row(*encoder.completion(example.prompt_text, example.completion), role=role),)
 
 

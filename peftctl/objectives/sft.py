@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -14,16 +14,23 @@ if TYPE_CHECKING:
 
 
 class SftConfig(ObjectiveConfig):
-    trained: Literal["assistant", "last"] = Field(
-        "assistant", description="which turns of a dialogue are learnt: all of the assistant's, or its last"
+    trained: (
+        Literal["assistant", "last", "all"]
+        | Annotated[list[Literal["system", "user", "assistant", "tool"]], Field(min_length=1)]
+    ) = Field(
+        "assistant",
+        description="what is learnt: the assistant's turns, its last one, all of the text, or the turns of these roles",
     )
 
 
 def encode(example: Example, encoder: Encoder, config: SftConfig) -> tuple[Row, ...]:
     """One row. Raises DataError with the reason."""
-    if example.kind == "completion":
-        return (Row(*encoder.completion(example.prompt_text, example.completion)),)
-    return (Row(*encoder.dialogue(example.messages, config.trained)),)
+    if example.kind == "text":
+        return (Row(*encoder.text(example.completion)),)
+    if example.messages:
+        return (Row(*encoder.dialogue(example.messages, config.trained, example.tools)),)
+    ids, weights = encoder.completion(example.prompt_text, example.completion)
+    return (Row(ids, (1.0,) * len(ids) if config.trained == "all" else weights),)
 
 
 def weights(batch: Batch, config: SftConfig) -> tuple[float, ...]:
@@ -41,10 +48,10 @@ def loss(policy: Answers, reference: Answers | None, batch: Batch, config: SftCo
 
 OBJECTIVE = Objective(
     name="sft",
-    summary="learn to give the answers of dialogues or of prompts",
+    summary="learn to give the answers of dialogues or of prompts, or raw text",
     paper="",
     config=SftConfig,
-    kinds=frozenset({"messages", "completion"}),
+    kinds=frozenset({"messages", "completion", "text"}),
     encode=encode,
     weights=weights,
     loss=loss,

@@ -12,27 +12,12 @@ from hypothesis import strategies as st
 from peftctl.data.chat import Chat
 from peftctl.errors import DataError, FormatError
 from peftctl.row import Message
+from tests.data.labelled import labelled, spans
 
 TEMPLATES = ["chatml", "default_system", "llama3", "zephyr", "gemma", "generation", "generation_inside", "closing"]
 TEMPLATES.append("marked_thinking")
 SIMPLE = (Message("user", "the cat?"), Message("assistant", "sat on the mat"))
 LONG = (*SIMPLE, Message("user", "And the dög \U0001f436?"), Message("assistant", "  on the log\n"))
-
-
-def labelled(chat: Chat, encoded: tuple[tuple[int, ...], tuple[float, ...]]) -> str:
-    """The text with what is learnt in double brackets."""
-    parts, ids, weights = [], *encoded
-    start = 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or weights[end] != weights[start]:
-            text = chat.decode(ids[start:end], special=True)
-            parts.append(f"[[{text}]]" if weights[start] else text)
-            start = end
-    return "".join(parts)
-
-
-def spans(chat: Chat, encoded: tuple[tuple[int, ...], tuple[float, ...]]) -> list[str]:
-    return [part.split("]]")[0] for part in labelled(chat, encoded).split("[[")[1:]]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -159,6 +144,49 @@ def test_an_answer_that_the_template_leaves_out_is_refused(made):
         Chat(made(None), "{{ messages[0].content }}").dialogue(SIMPLE)
 
 
+CALLS = (("tool_calls", [{"function": {"name": "add", "arguments": {"a": 1}}}]),)
+
+
+def test_a_template_that_leaves_out_tools_or_calls_is_refused(letters):
+    chat = letters["chatml"]
+    with pytest.raises(DataError, match="leaves out the tools of this row"):
+        chat.dialogue(SIMPLE, tools=[{"name": "add"}])
+    with pytest.raises(DataError, match="leaves out the tool calls of this row"):
+        chat.dialogue((*SIMPLE, SIMPLE[0], Message("assistant", "", None, CALLS)))
+
+
+def test_tools_equal_transformers(made):
+    from transformers import PreTrainedTokenizerFast
+
+    folder = made("tools")
+    theirs, chat = PreTrainedTokenizerFast.from_pretrained(folder), Chat(folder)
+    tools = [{"type": "function", "function": {"name": "add", "description": "ä <b>"}}]
+    messages = (SIMPLE[0], Message("assistant", "", None, CALLS), Message("tool", "2"), SIMPLE[1])
+    plain = [message.document() for message in messages]
+    expected = theirs.apply_chat_template(plain, tools=tools, tokenize=True, return_dict=False)
+    assert list(chat.dialogue(messages, tools=tools)[0]) == expected
+
+
+@pytest.mark.parametrize("name", ["chatml", "generation", "generation_inside", "closing", "llama3"])
+def test_a_messages_own_weight_goes_first(letters, name):
+    chat, end = letters[name], ENDS.get(name, "<|turn|>")
+    first, second = (Message("assistant", said) for said in ("sat", "mat"))
+    for weights, expected in [
+        ((0.0, None), [f"mat{end}"]), ((None, 0.0), [f"sat{end}"]), ((0.5, 2.0), [f"0.5|sat{end}", f"2|mat{end}"])
+    ]:  # fmt: skip
+        said = [turn._replace(weight=weight) for turn, weight in zip((first, second), weights, strict=True)]
+        encoded = chat.dialogue((SIMPLE[0], said[0], SIMPLE[0], said[1]))
+        assert spans(chat, encoded) == expected
+    asked = SIMPLE[0]._replace(weight=1.0)
+    assert spans(chat, chat.dialogue((asked, first)))[0] == "the cat?" + end
+    with pytest.raises(DataError, match=r"weight 0 \(or train: false\)"):
+        chat.dialogue((SIMPLE[0], first._replace(weight=0.0)))
+    with pytest.raises(DataError, match="message 1 has a weight of its own"):
+        chat.dialogue((asked._replace(weight=0.0), first), "all")
+    with pytest.raises(DataError, match="no tool turn"):
+        chat.dialogue(SIMPLE, ["tool"])
+
+
 def test_no_assistant_turn(letters):
     with pytest.raises(DataError, match="no assistant turn"):
         letters["chatml"].dialogue(SIMPLE[:1])
@@ -199,6 +227,14 @@ def test_plain_text_has_one_bos_and_ends(made, adds_bos):
     bos = "<|bos|>" if adds_bos else ""
     assert labelled(chat, chat.completion("the cat", " sat")) == f"{bos}the cat[[ sat<|eos|>]]"
     assert labelled(chat, chat.completion("<|bos|>the cat", " sat<|eos|>")) == "<|bos|>the cat[[ sat<|eos|>]]"
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_raw_text_is_learnt_whole(made, adds_bos):
+    chat = Chat(made(None, adds_bos=adds_bos))
+    bos = "<|bos|>" if adds_bos else ""
+    assert labelled(chat, chat.text("the cat")) == f"[[{bos}the cat<|eos|>]]"
+    assert labelled(chat, chat.text("<|bos|>the cat<|eos|>")) == "[[<|bos|>the cat<|eos|>]]"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

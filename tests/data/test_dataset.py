@@ -12,6 +12,7 @@ from peftctl.data.chat import Chat
 from peftctl.data.dataset import load, prepare
 from peftctl.errors import DataError
 from peftctl.objectives import get
+from peftctl.row import Message
 
 SFT, DPO, KTO = get("sft"), get("dpo"), get("kto")
 PLAIN, PAIRS, JUDGED = SFT.config(name="sft"), DPO.config(name="dpo"), KTO.config(name="kto")
@@ -69,21 +70,13 @@ def test_a_pair_shares_its_prompt(here, chat):
     write(here, pair("the cat?", "sat on the mat", "sat on the log"))
     data, report = load("train.jsonl", chat, DPO, PAIRS)
     chosen, rejected = data.rows([0])
-    prompt = chat.render_prompt([SimpleMessage("user", "the cat?")])
+    prompt = chat.render_prompt([Message("user", "the cat?")])
     assert (chosen.role, rejected.role, chosen.example, rejected.example) == ("chosen", "rejected", 0, 0)
     assert chosen.ids[: len(prompt)] == rejected.ids[: len(prompt)] == prompt
     assert not any(chosen.weights[: len(prompt)]) and report.ended == 2
     write(here, {"prompt": "the cat", "chosen": " sat", "rejected": " sat on"}, name="plain.jsonl")
     chosen, rejected = load("plain.jsonl", chat, DPO, PAIRS)[0].rows([0])
     assert chat.decode(rejected.ids, special=True) == "the cat sat on<|eos|>"
-
-
-class SimpleMessage(SimpleNamespace):
-    def __init__(self, role: str, content: str) -> None:
-        super().__init__(role=role, content=content)
-
-    def _asdict(self) -> dict:
-        return vars(self)
 
 
 BAD = ["{", talk("only a question"), talk("q", "long " * 90), talk("q", "ok"), talk("q", "")]

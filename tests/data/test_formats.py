@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from peftctl.data.formats import example, recognise
+from peftctl import row
+from peftctl.data.formats import FORMATS, example, recognise
 from peftctl.data.sources import Source
 from peftctl.errors import DataError
 from peftctl.row import Example, Message
 
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "good"), ("assistant", "bad")))
 ASKED, SAID, WORSE = Message("user", "q"), Message("assistant", "good"), Message("assistant", "bad")
+HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "good"}
+
+
+def calling(arguments: object) -> dict:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+CALL = calling({})
 PAIR = Example("preference", "", (ASKED,), chosen=(SAID,), rejected=(WORSE,))
 
 
@@ -95,7 +105,46 @@ PLAIN = {"prompt": "q", "completion": "good"}
         ("messages", {"messages": [USER, {"role": ["user"], "content": "x"}]}, "has the role"),
         ("messages", {"messages": [{"role": "user", "content": ""}, GOOD]}, "message 1 (user): content is empty"),
         ("messages", {"messages": [USER, {"role": "assistant"}]}, "content must be a text; found nothing"),
-        ("messages", {"messages": [USER, {**GOOD, "tool_calls": []}]}, "message 2 has 'tool_calls'"),
+        ("messages", {"messages": [USER, {**GOOD, "mood": "good"}]}, "message 2 has 'mood'; beside its role a"),
+        ("messages", {"messages": [USER, {**GOOD, "train": 1}]}, "message 2: train must be true or false"),
+        ("messages", {"messages": [USER, {**GOOD, "weight": -1}]}, "message 2: weight must be a number from 0 on"),
+        ("messages", {"messages": [USER, {**GOOD, "weight": True}]}, "weight must be a number"),
+        ("messages", {"messages": [USER, {**GOOD, "weight": 1, "train": False}]}, "they disagree"),
+        ("messages", {"messages": [USER, {**CALL, "tool_calls": {}}]}, "message 2: tool_calls must be a list"),
+        ("messages", {"messages": [USER, {**CALL, "tool_calls": [{"function": {}}]}]}, "tool call 1 must have a funct"),
+        ("messages", {"messages": [USER, calling("{")]}, "tool call 1: arguments is no JSON: str '{'"),
+        ("messages", {"messages": [USER, calling("[1]")]}, "arguments must be an object; found list '[1]'"),
+        ("messages", {"messages": [USER, GOOD], "tools": {"name": "f"}}, "tools must be a list of objects; found dict"),
+        ("messages", {"messages": [USER, GOOD], "tools": "f"}, "tools is no JSON: str 'f'"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, GOOD]}, "type 'image_url'"),
+        ("sharegpt", {"conversations": []}, "conversations must be a list of turns {from, value}; found an empty"),
+        ("sharegpt", {"conversations": [HUMAN, 3]}, "conversations, turn 2 must be an object"),
+        ("sharegpt", {"conversations": [USER, GOOD]}, "set data.format: messages and data.columns: {messages: conv"),
+        (
+            "sharegpt",
+            {"conversations": [HUMAN, {"from": "gtp", "value": "x"}]},
+            "turn 2 is from 'gtp'; did you mean gpt",
+        ),
+        ("sharegpt", {"conversations": [HUMAN, {"from": "gpt"}]}, "turn 2 (gpt): value must be a text; found nothing"),
+        (
+            "sharegpt",
+            {"conversations": [HUMAN, {**GPT, "markdown": 1}]},
+            "turn 2 has 'markdown'; beside from and value",
+        ),
+        ("sharegpt", {"conversations": [HUMAN]}, "no assistant turn in conversations"),
+        (
+            "sharegpt",
+            {"conversations": [HUMAN, {"from": "function_call", "value": "f(x)"}]},
+            "(function_call): value is no",
+        ),
+        ("sharegpt", {"conversations": [HUMAN, GPT], "system": 3}, "system must be a text"),
+        ("alpaca", {"instruction": "q"}, "no 'output'; a row of instructions"),
+        ("alpaca", {"instruction": "q", "output": ""}, "output is empty"),
+        ("alpaca", {"instruction": "q", "input": 3, "output": "a"}, "input must be a text"),
+        ("alpaca", {"instruction": "q", "output": "a", "history": ["q", "a"]}, "history must be a list of pairs"),
+        ("text", {"text": " "}, "text is empty"),
+        ("text", {"text": ["a"]}, "text must be a text; found list"),
+        ("completion", {"prompt": [USER], "completion": [USER]}, "no assistant turn in completion"),
         ("messages", {"messages": [USER]}, "no assistant turn"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "half a surrogate pair"),
         ("messages", {"prompt": "x"}, "no 'messages'"),
@@ -161,6 +210,96 @@ def test_what_the_objective_learns_from_decides_where_the_columns_fit_several():
         wanted={"unpaired"},
     )
     assert named.examples == [Example("unpaired", "t.jsonl:1", (), "q", "good", label=True)]
+
+
+TOLD = (("tool_calls", [{"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]),)
+CALLED = Message("assistant", "", None, TOLD)
+ADD = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        (
+            "messages",
+            {"messages": [USER, calling('{"a": 1}'), {"role": "tool", "content": "2", "tool_call_id": "1"}, GOOD],
+             "tools": [ADD]},
+            Example(
+                "messages", "",
+                (ASKED, CALLED, Message("tool", "2", None, (("tool_call_id", "1"),)), SAID),
+                tools=(ADD,),
+            ),
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {**GOOD, "tool_calls": []}],
+             "tools": '[{"type": "function", "function": {"name": "add"}}]'},
+            Example("messages", "", (ASKED, SAID), tools=(ADD,)),
+        ),
+        (
+            "messages",
+            {"messages": [USER, {**BAD, "train": False}, USER, {**GOOD, "weight": 0.5}, {**USER, "train": True}, GOOD]},
+            Example(
+                "messages", "",
+                (ASKED, WORSE._replace(weight=0), ASKED, SAID._replace(weight=0.5), ASKED._replace(weight=1), SAID),
+            ),
+        ),
+        (
+            "sharegpt",
+            {"system": "Be brief.", "conversations": [HUMAN, {**GPT, "weight": 0}, HUMAN, GPT]},
+            Example("messages", "", (Message("system", "Be brief."), ASKED, SAID._replace(weight=0.0), ASKED, SAID)),
+        ),
+        (
+            "sharegpt",
+            {"conversations": [HUMAN, {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+                               {"from": "observation", "value": "2"}, GPT], "tools": ""},
+            Example(
+                "messages", "",
+                (ASKED,
+                 Message("assistant", "", None,
+                         (("tool_calls", [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]),)),
+                 Message("tool", "2"), SAID),
+            ),
+        ),
+        ("alpaca", {"instruction": "q", "input": "", "output": "good"}, Example("messages", "", (ASKED, SAID))),
+        (
+            "alpaca",
+            {"instruction": "Add.", "input": "1 and 1", "output": "2", "system": "Sums.", "history": [["q", "good"]]},
+            Example(
+                "messages", "",
+                (Message("system", "Sums."), ASKED, SAID,
+                 Message("user", "Add.\n\n1 and 1"), Message("assistant", "2")),
+            ),
+        ),
+        ("text", {"text": "Once upon a time"}, Example("text", "", completion="Once upon a time")),
+        (
+            "completion",
+            {"prompt": [USER, BAD, USER], "completion": [GOOD]},
+            Example(
+                "completion", "", (*(m._replace(weight=0.0) for m in (ASKED, WORSE, ASKED)), SAID)
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_every_way_of_writing_a_row(name, row, expected):
+    found = recognise(source({**row, "id": 7}))
+    assert found.faults == [] and found.examples == [expected._replace(place="t.jsonl:1")]
+    assert (found.format.name, found.kind, found.unused) == (name, expected.kind, ("id",))
+
+
+def test_the_table_of_formats_is_that_of_the_recipe():
+    assert list(FORMATS) == list(row.FORMATS)
+
+
+def test_likely_columns_are_asked_about_not_guessed():
+    with pytest.raises(DataError, match=r"perhaps as \{prompt: question, completion: answer\}.*output: answer\}"):
+        recognise(source({"question": "q", "answer": "good"}))
+    with pytest.raises(DataError, match=r"rename with data\.columns$"):
+        recognise(source({"question": "q", "query": "q", "answer": "good"}))
+    asked = {"question": "q", "answer": "good"}
+    assert recognise(source(asked), columns={"instruction": "question", "output": "answer"}).examples == [
+        Example("messages", "t.jsonl:1", (ASKED, SAID))
+    ]
 
 
 def test_unknown_columns_are_listed_with_what_is_known():

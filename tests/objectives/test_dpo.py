@@ -110,7 +110,7 @@ def test_pairs_need_not_be_neighbours():
 
 def test_encodes_a_pair_of_either_form():
     class Encoder:
-        def dialogue(self, messages, trained):
+        def dialogue(self, messages, trained, tools=()):
             return tuple(len(m.content) for m in messages), (0.0, float(trained == "last"))
 
         def completion(self, prompt, answer):

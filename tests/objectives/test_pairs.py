@@ -17,7 +17,7 @@ every = pytest.mark.parametrize("name", PAIRED)
 
 
 class Encoder:
-    def dialogue(self, messages, trained):
+    def dialogue(self, messages, trained, tools=()):
         return tuple(len(m.content) for m in messages), (0.0, float(trained == "last"))
 
     def completion(self, prompt, answer):

@@ -59,20 +59,28 @@ def test_weights_and_metrics_are_sums_and_counts():
 
 def test_encodes_dialogues_and_plain_answers():
     class Encoder:
-        def dialogue(self, messages, trained):
+        def dialogue(self, messages, trained, tools=()):
             return (len(messages),), (float(trained == "last"),)
 
         def completion(self, prompt, answer):
             return (len(prompt), len(answer)), (0.0, 1.0)
+
+        def text(self, text):
+            return (len(text),), (1.0,)
 
     talk = Example("messages", "", (Message("user", "a"), Message("assistant", "b")))
     assert SFT.encode(talk, Encoder(), CONFIG) == (Row((2,), (0.0,)),)
     assert SFT.encode(talk, Encoder(), SFT.config(name="sft", trained="last")) == (Row((2,), (1.0,)),)
     plain = Example("completion", "", prompt_text="abc", completion="d")
     assert SFT.encode(plain, Encoder(), CONFIG) == (Row((3, 1), (0.0, 1.0)),)
+    assert SFT.encode(plain, Encoder(), SFT.config(name="sft", trained="all")) == (Row((3, 1), (1.0, 1.0)),)
+    assert SFT.encode(Example("text", "", completion="abc"), Encoder(), CONFIG) == (Row((3,), (1.0,)),)
+    asked = Example("completion", "", (Message("user", "a"), Message("assistant", "b")))
+    assert SFT.encode(asked, Encoder(), CONFIG) == (Row((2,), (0.0,)),)
 
 
 def test_is_found_and_strict():
     assert {"sft", "dpo"} <= set(names()) and SFT.reference(CONFIG) is None and SFT.base_dropout
-    with pytest.raises(ValidationError):
-        SFT.config(name="sft", trained="all")
+    for wrong in ("everything", [], ["bot"]):
+        with pytest.raises(ValidationError):
+            SFT.config(name="sft", trained=wrong)

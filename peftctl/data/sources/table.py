@@ -18,6 +18,7 @@ from peftctl.data.sources.records import START, Cells, Json, Mark, Record
 from peftctl.errors import DataError
 
 TEXTS_OR_MESSAGES = ("prompt", "completion", "chosen", "rejected")
+LISTS = ("messages", "conversations", "history")
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -45,7 +46,7 @@ def spelled(row: Json, kind: str) -> Json:
     for name, cell in row.items():
         if cell is None:
             continue
-        if name == "messages":
+        if name in LISTS:
             found[name] = _json(cell, name)
         elif name == "label" and kind == "unpaired":
             found[name] = TRUTHS.get(cell.strip().lower(), cell)
@@ -58,7 +59,7 @@ def _json(cell: str, name: str) -> Any:
     try:
         return json.loads(cell)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is not JSON ({error}); in a table it is a JSON list of messages") from None
+        raise DataError(f"{name} is not JSON ({error}); in a table it is a JSON list") from None
 
 
 def _messages(cell: str) -> Any:
