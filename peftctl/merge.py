@@ -1,6 +1,7 @@
 """The streaming merge: shard by shard, one tensor in memory at a time, untouched tensors byte for byte.
 
-Works on the files alone: the model is on the meta device, and only says which names on disk are which modules.
+Works on the files alone: the model is on the meta device, and only says which names on disk are which modules. What is
+one parameter there and several tensors on disk is in memory as a whole, one such parameter at a time.
 """
 
 from __future__ import annotations
@@ -13,30 +14,27 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftctl.errors import FormatError, InputError, SaveError, Unfoldable
+from peftctl.folding import DTYPES, Folds, folded, folds_of, rounded, stored
 from peftctl.formats import headed, names
 from peftctl.formats.shards import INDEX, WIDTHS, Entry, Shard, header, shards
-from peftctl.methods.attachment import Attachment, Delta
-from peftctl.skeleton import dotted
+from peftctl.joined import Joined, joined
+from peftctl.methods.attachment import Attachment
 from peftctl.storage import TEMPORARY, publish
 from peftctl.task import Task
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
 BLOCK = 8 << 20
 
 
-class Fold(NamedTuple):
-    """One change of one parameter; `name` is the parameter's own, without the module's path."""
+class Changes(NamedTuple):
+    """What changes in the files, by stored name: parameters that are one tensor each, and those in parts."""
 
-    name: str
-    delta: Delta
-
-
-Folds = dict[str, list[Fold]]  # full name -> the changes, in the order of their application
+    folds: Folds
+    joined: dict[str, Joined]
 
 
 def merge(
@@ -63,12 +61,13 @@ def merge(
     found = shards(base)
     folds = folds_of(attachment, model)
     head = headed.Head() if task is None else headed.new(model, folds, found)
-    folds = _on_disk(model, {full: own for full, own in folds.items() if full not in head.tensors}, found)
+    changes = _on_disk(model, {full: own for full, own in folds.items() if full not in head.tensors}, found)
     laid_out = [_laid_out(shard, dtype and NAMES[dtype], head) for shard in found]
     total, done = sum(laid[-1][1].end for laid in laid_out if laid), 0
+    merged = {old.name: new for laid in laid_out for old, new in laid}
     with _aside(output, total + head.size) as temporary:
         for name, shard, laid in zip(head.files(found), found, laid_out, strict=True):
-            for size in _shard(shard, temporary / name, laid, folds):
+            for size in _shard(shard, temporary / name, laid, changes, merged):
                 done += size
                 progress(done, total)
         _companions(base, temporary, dtype, total)
@@ -78,55 +77,27 @@ def merge(
         finish(temporary)
 
 
-def folds_of(attachment: Attachment, model: nn.Module) -> Folds:
-    """Every delta under the parameters that it changes. Raises Unfoldable for one that no weight can hold."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    mirrored = {dotted(path, name) for path, delta in attachment.named_deltas() for name in delta.mirrors()}
-    found: Folds = {}
-    for path, delta in attachment.named_deltas():
-        if delta.inert:
-            continue
-        if not delta.folds():
-            delta.fold("weight", torch.zeros(0))  # says why it cannot
-            raise Unfoldable(f"{path or type(delta).__name__}: no plain weight can hold this change")
-        for name in delta.folds():
-            full = dotted(path, name)
-            if full not in parameters:
-                delta.fold(name, torch.zeros(0))
-                raise Unfoldable(f"{full}: the base has no such parameter, so the change has nowhere to go")
-            _alone(full, parameters, mirrored)
-            found.setdefault(full, []).append(Fold(name, delta))
-    return found
-
-
-def _alone(full: str, parameters: Mapping[str, nn.Parameter], mirrored: set[str]) -> None:
-    """Refuse a change of a tied parameter that is not made at all its places."""
-    others = [name for name, p in parameters.items() if p is parameters[full] and name != full]
-    if len({full, *others} - mirrored) > 1:
-        raise Unfoldable(
-            f"{full} is tied to {', '.join(others)}, so folding would change both: "
-            "leave it out of the targets, or serve the adapter unmerged"
-        )
-
-
-def _on_disk(model: Any, folds: Folds, found: list[Shard]) -> Folds:
-    """The same under the names that the files use. Raises Unfoldable unless each parameter is one stored tensor."""
+def _on_disk(model: Any, folds: Folds, found: list[Shard]) -> Changes:
+    """The same under the names that the files use. Raises Unfoldable for a parameter that cannot be found in them."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    stored = {entry.name: entry for shard in found for entry in shard.entries}
+    places = {entry.name: (shard, entry) for shard in found for entry in shard.entries}
     sources: dict[str, list[str]] = {}
-    for name, place in names.parameters(model, stored).items():
-        usable = place.whole and stored[name].dtype in DTYPES and stored[name].shape == shapes.get(place.parameter)
+    for name, place in names.parameters(model, places).items():
+        entry = places[name][1]
+        usable = place.whole and entry.dtype in DTYPES and entry.shape == shapes.get(place.parameter)
         sources.setdefault(place.parameter, []).append(name if usable else "")
     lost = [full for full in folds if len(sources.get(full, [])) != 1 or not sources[full][0]]
+    in_parts, served = joined(names.parts(model, places), {full: folds[full] for full in lost}, places, shapes)
     # of a tied parameter, files hold one place or all
     unstored = {full for full in lost if full not in sources and all(f.name in f.delta.mirrors() for f in folds[full])}
-    if lost := [full for full in lost if full not in unstored]:
+    if lost := [full for full in lost if full not in unstored | served]:
         raise Unfoldable(
             f"{', '.join(lost[:5])}{f' and {len(lost) - 5} more' if len(lost) > 5 else ''}: not in the base's files as "
-            f"one floating-point tensor of the model's shape ({type(model).__name__}), which merging does not "
-            "translate yet; serve the adapter unmerged"
+            f"floating-point tensors that transformers' mapping leads to and back from ({type(model).__name__}); "
+            "serve the adapter unmerged"
         )
-    return {sources[full][0]: deltas for full, deltas in folds.items() if full not in unstored}
+    whole = {sources[full][0]: deltas for full, deltas in folds.items() if full not in unstored | served}
+    return Changes(whole, in_parts)
 
 
 def _laid_out(shard: Shard, dtype: str | None, head: headed.Head) -> list[tuple[Entry, Entry]]:
@@ -147,27 +118,24 @@ def _laid_out(shard: Shard, dtype: str | None, head: headed.Head) -> list[tuple[
     return laid
 
 
-def _shard(shard: Shard, target: Path, laid: list[tuple[Entry, Entry]], folds: Folds) -> Iterator[int]:
-    """Write one shard, tensors in their order; yields the bytes of each."""
+def _shard(
+    shard: Shard, target: Path, laid: list[tuple[Entry, Entry]], changes: Changes, merged: Mapping[str, Entry]
+) -> Iterator[int]:
+    """Write one shard, tensors in their order; yields the bytes of each. `merged`: every new entry by its old name."""
     entries = [new for _, new in laid]
     with shard.path.open("rb") as source, target.open("wb") as out:
         same = list(shard.entries) == entries
         out.write(source.read(shard.data) if same else header(entries, shard.metadata))
         for old, new in laid:
-            source.seek(shard.data + old.start)
-            if old.start < old.end and (old.name in folds or old.dtype != new.dtype):
-                weight = torch.frombuffer(_exactly(source, old), dtype=DTYPES[old.dtype]).reshape(old.shape)
-                out.write(_bytes(_folded(new, weight, folds.get(old.name, []))))
+            if old.name in changes.joined:
+                out.write(_bytes(changes.joined[old.name].take(old.name, merged)))
+            elif old.start < old.end and (old.name in changes.folds or old.dtype != new.dtype):
+                weight = folded(stored(source, shard, old), changes.folds.get(old.name, []))
+                out.write(_bytes(rounded(weight, new)))
             else:
+                source.seek(shard.data + old.start)
                 _copy(source, out, old)
             yield new.end - new.start
-
-
-def _exactly(source: BinaryIO, entry: Entry) -> bytearray:
-    data = bytearray(entry.end - entry.start)
-    if source.readinto(data) != len(data):  # type: ignore[attr-defined]
-        raise FormatError(f"{entry.name}: its file ended early; it changed while it was read")
-    return data
 
 
 def _copy(source: BinaryIO, out: BinaryIO, entry: Entry) -> None:
@@ -178,20 +146,6 @@ def _copy(source: BinaryIO, out: BinaryIO, entry: Entry) -> None:
             raise FormatError(f"{entry.name}: its file ended early; it changed while it was read")
         out.write(block)
         left -= len(block)
-
-
-@torch.no_grad()
-def _folded(entry: Entry, weight: Tensor, folds: list[Fold]) -> Tensor:
-    """Folded in fp32 (fp64 stays fp64) and rounded once, to the type it is stored in."""
-    weight = weight if weight.dtype is torch.float64 else weight.float()
-    for name, delta in folds:
-        weight = delta.fold(name, weight)
-    if tuple(weight.shape) != entry.shape:
-        raise FormatError(f"{entry.name}: {tuple(weight.shape)} after folding, {entry.shape} before")
-    rounded = weight.to(DTYPES[entry.dtype])
-    if not torch.isfinite(rounded).all():
-        raise FormatError(f"{entry.name}: not finite as {entry.dtype}: the adapter is broken, or the type too narrow")
-    return rounded
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -188,14 +188,84 @@ def test_names_that_transformers_renames_on_loading_are_found(tmp_path: Path) ->
     assert torch.equal(merged[f"{place}.beta"], old[f"{place}.bias"] + 0.5)
 
 
-def test_experts_that_are_put_together_on_loading_are_refused_by_name(tmp_path: Path) -> None:
-    base = saved(tiny("mixtral"), tmp_path / "base")
-    model = empty(base)
-    full = next(name for name, p in model.named_parameters() if p.dim() == 3)
-    path, _, name = full.rpartition(".")
-    with pytest.raises(Unfoldable, match=full):
-        merge(base, model, Attachment([Injected(path, Add(1, names=(name,)))]), tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+class AddRows(Delta):
+    """Adds to each expert's rows, numbered through, a number of their own: what comes out tells where it went."""
+
+    def folds(self) -> tuple[str, ...]:
+        return ("gate_up_proj",)
+
+    def fold(self, name: str, weight: Tensor) -> Tensor:
+        return weight + torch.arange(weight.shape[0] * weight.shape[1]).view(*weight.shape[:2], 1)
+
+
+@pytest.mark.parametrize("size", ["20KB", "1GB"])  # experts in several files, or all in one
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_experts_go_back_under_their_own_names_each_where_it_was(size: str, dtype: str | None, tmp_path: Path) -> None:
+    base = saved(tiny("mixtral"), tmp_path / "base", size)
+    merge(base, empty(base), Attachment([Injected(EXPERTS, AddRows())]), tmp_path / "merged", dtype=dtype)
+    old, new = tensors(base), tensors(tmp_path / "merged")
+    assert set(old) == set(new)
+    for name, value in old.items():
+        expected = value
+        if "layers.1.block_sparse_moe.experts" in name and not name.endswith("w2.weight"):
+            expert = int(name.split(".")[-3])
+            first = expert * 128 + (64 if name.endswith("w3.weight") else 0)  # gate, then up
+            expected = value + torch.arange(first, first + 64)[:, None]
+        assert torch.equal(new[name], expected if dtype is None else expected.bfloat16()), name
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_merged_experts_answer_as_base_and_adapter_do(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    base = saved(model, tmp_path / "base")
+    attachment = trained(model, "lora", rank=2, target_modules=["gate_up_proj", "down_proj", "q_proj"])
+    attachment.install(model)
+    merge(base, empty(base), attachment, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+    assert float((logits(merged) - logits(tiny(name))).abs().max()) > 0.1
+
+
+def test_experts_of_a_base_saved_without_its_head_are_found(tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    base = saved(model.model, tmp_path / "base")
+    assert "layers.0.block_sparse_moe.experts.0.w1.weight" in tensors(base)
+    whole = AutoModelForCausalLM.from_config(model.config)
+    merge(base, whole, Attachment([Injected(EXPERTS, AddRows())]), tmp_path / "merged")
+    changed = {n for n, t in tensors(base).items() if not torch.equal(t, tensors(tmp_path / "merged")[n])}
+    assert changed == {f"layers.1.block_sparse_moe.experts.{e}.{w}.weight" for e in range(4) for w in ("w1", "w3")}
+
+
+def test_experts_of_which_one_is_lacking_or_of_another_type_are_refused(tmp_path: Path) -> None:
+    base = saved(tiny("mixtral"), tmp_path / "base", "1GB")
+    whole, name = tensors(base), "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+    for wrong in ({}, {name: whole[name].to(torch.int8)}, {name: whole[name][:, :8].contiguous()}):
+        kept = {n: t for n, t in whole.items() if n != name}
+        save_file(kept | wrong, base / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(Unfoldable, match=rf"{EXPERTS}\.gate_up_proj: not in the base's files"):
+            merge(base, empty(base), Attachment([Injected(EXPERTS, AddRows())]), tmp_path / "merged")
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("how", ["other names", "other numbers"])
+def test_a_mapping_that_does_not_lead_back_is_refused(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = saved(tiny("mixtral"), tmp_path / "base", "1GB")
+    parted = names.Parts.parted
+
+    def wrong(self: names.Parts, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        if how == "other names":
+            raise KeyError
+        return {name: tensor.flip(0) for name, tensor in parted(self, made).items()}
+
+    monkeypatch.setattr(names.Parts, "parted", wrong)
+    with pytest.raises((Unfoldable, FormatError), match=r"not in the base's files|does not lead back to it"):
+        merge(base, empty(base), Attachment([Injected(EXPERTS, AddRows())]), tmp_path / "merged")
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_tensor_that_loading_would_rearrange_is_refused_even_in_the_right_shape(

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from peftctl.errors import TargetError, Unfoldable
-from peftctl.merge import folds_of, merge
+from peftctl.folding import folds_of
+from peftctl.merge import merge
 from peftctl.methods.attachment import Attachment
 from peftctl.methods.full import METHOD, FullConfig
 from peftctl.surgery import skeleton

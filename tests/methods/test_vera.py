@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from peftctl.merge import folds_of
+from peftctl.folding import folds_of
 from peftctl.methods.vera import METHOD, VeraConfig
 from peftctl.surgery import find, out_in, skeleton
 from tests.methods import contract, exchange

@@ -1,0 +1,85 @@
+"""What a merge changes: the deltas by the parameters that they fold into, and a tensor of a file with them inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftctl.errors import FormatError, Unfoldable
+from peftctl.formats.shards import Entry, Shard
+from peftctl.methods.attachment import Attachment, Delta
+from peftctl.skeleton import dotted
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Fold(NamedTuple):
+    """One change of one parameter; `name` is the parameter's own, without the module's path."""
+
+    name: str
+    delta: Delta
+
+
+Folds = dict[str, list[Fold]]  # full name -> the changes, in the order of their application
+
+
+def folds_of(attachment: Attachment, model: nn.Module) -> Folds:
+    """Every delta under the parameters that it changes. Raises Unfoldable for one that no weight can hold."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    mirrored = {dotted(path, name) for path, delta in attachment.named_deltas() for name in delta.mirrors()}
+    found: Folds = {}
+    for path, delta in attachment.named_deltas():
+        if delta.inert:
+            continue
+        if not delta.folds():
+            delta.fold("weight", torch.zeros(0))  # says why it cannot
+            raise Unfoldable(f"{path or type(delta).__name__}: no plain weight can hold this change")
+        for name in delta.folds():
+            full = dotted(path, name)
+            if full not in parameters:
+                delta.fold(name, torch.zeros(0))
+                raise Unfoldable(f"{full}: the base has no such parameter, so the change has nowhere to go")
+            _alone(full, parameters, mirrored)
+            found.setdefault(full, []).append(Fold(name, delta))
+    return found
+
+
+def _alone(full: str, parameters: Mapping[str, nn.Parameter], mirrored: set[str]) -> None:
+    """Refuse a change of a tied parameter that is not made at all its places."""
+    others = [name for name, p in parameters.items() if p is parameters[full] and name != full]
+    if len({full, *others} - mirrored) > 1:
+        raise Unfoldable(
+            f"{full} is tied to {', '.join(others)}, so folding would change both: "
+            "leave it out of the targets, or serve the adapter unmerged"
+        )
+
+
+def stored(source: BinaryIO, shard: Shard, entry: Entry) -> Tensor:
+    """A floating-point tensor of an open file, as it is stored."""
+    source.seek(shard.data + entry.start)
+    data = bytearray(entry.end - entry.start)
+    if source.readinto(data) != len(data):  # type: ignore[attr-defined]
+        raise FormatError(f"{entry.name}: its file ended early; it changed while it was read")
+    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+@torch.no_grad()
+def folded(weight: Tensor, folds: Sequence[Fold]) -> Tensor:
+    """Folded in fp32 (fp64 stays fp64)."""
+    weight = weight if weight.dtype is torch.float64 else weight.float()
+    for name, delta in folds:
+        weight = delta.fold(name, weight)
+    return weight
+
+
+def rounded(weight: Tensor, entry: Entry) -> Tensor:
+    """A changed tensor, rounded once to the type it is stored in. Raises FormatError where that is not possible."""
+    if tuple(weight.shape) != entry.shape:
+        raise FormatError(f"{entry.name}: {tuple(weight.shape)} after folding, {entry.shape} before")
+    found = weight.to(DTYPES[entry.dtype])
+    if not torch.isfinite(found).all():
+        raise FormatError(f"{entry.name}: not finite as {entry.dtype}: the adapter is broken, or the type too narrow")
+    return found
