@@ -92,6 +92,8 @@ def _to_gguf(found: Found, output: Path, server: str | None, name: str) -> list[
         output.parent.mkdir(parents=True, exist_ok=True)
         gguf_adapter.write(temporary, adapter.config, found.skeleton, stored, name)
         os.replace(temporary, output)
+    except InputError as error:
+        raise InputError(f"{error}; {_instead(found)}") from None
     finally:
         temporary.unlink(missing_ok=True)
     return [gguf_adapter.NOTE]

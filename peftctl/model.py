@@ -67,7 +67,7 @@ def _kept(path: Path) -> Skeleton | None:
 
 
 def _key(base: Base) -> str:
-    asked = f"|2|{version('transformers')}"
+    asked = f"|3|{version('transformers')}"
     if base.task is not None:
         asked += f"|{base.task.name}|{len(base.task.labels)}|{_holds_pooler(base)}"
     return hashlib.sha256(base.config.read_bytes() + asked.encode()).hexdigest()[:24]

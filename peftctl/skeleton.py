@@ -17,10 +17,15 @@ from peftctl.errors import TargetError, suggest
 
 LINEAR = frozenset({"Linear", "Conv1D"})
 LINEAR_OR_EMBEDDING = LINEAR | {"Embedding"}
+EXPERTS = frozenset({"Experts", "ExpertsTransposed"})
 
 
 class Module(NamedTuple):
-    """One module. `kind` is Linear, Conv1D, Embedding or Norm where it is one of these, else its class name."""
+    """One module. `kind` is Linear, Conv1D, Embedding or Norm where it is one of these, else its class name.
+
+    A module of experts holds each matrix of all of them as one parameter, (experts, out, in), or (experts, in, out)
+    where its kind is ExpertsTransposed. `experts` gives such a parameter as a module of its own.
+    """
 
     path: str
     kind: str
@@ -30,7 +35,7 @@ class Module(NamedTuple):
     @property
     def out_features(self) -> int:
         """Width of the output; for an embedding, the width of a row."""
-        return self.shapes["weight"][0 if self.kind == "Linear" else 1]
+        return self.shapes["weight"][-2 if self.kind in ("Linear", "Experts") else -1]
 
     def parameters(self) -> int:
         return sum(map(prod, self.shapes.values()))
@@ -38,7 +43,12 @@ class Module(NamedTuple):
     @property
     def in_features(self) -> int:
         """Width of the input; for an embedding, the number of rows."""
-        return self.shapes["weight"][1 if self.kind == "Linear" else 0]
+        return self.shapes["weight"][-1 if self.kind in ("Linear", "Experts") else -2]
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices it holds, one for each expert; 1 outside experts."""
+        return prod(self.shapes["weight"][:-2])
 
 
 class Dimensions(NamedTuple):
@@ -92,6 +102,17 @@ def layer_of(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
+def experts(skeleton: Skeleton) -> tuple[Module, ...]:
+    """Each three-dimensional parameter of experts as a module: its full name as the path, itself as the weight."""
+    return tuple(
+        Module(dotted(module.path, name), module.kind, module.type, {"weight": shape})
+        for module in skeleton.modules
+        if module.kind in EXPERTS
+        for name, shape in module.shapes.items()
+        if len(shape) == 3
+    )
+
+
 def select(
     skeleton: Skeleton,
     targets: str | Sequence[str],
@@ -103,9 +124,11 @@ def select(
     """The modules of the given kinds that `targets` names.
 
     `targets` is `all-linear` (every linear but the output head), a list of names (each matches a path or its end, and
-    each must match), or a regular expression for whole paths. `layers` keeps those layers only. Raises TargetError.
+    each must match), or a regular expression for whole paths. `layers` keeps those layers only. Where `kinds` has
+    experts, names and expressions match their parameters as well. Raises TargetError.
     """
     candidates = [m for m in skeleton.modules if m.kind in kinds and "weight" in m.shapes]
+    candidates += [m for m in experts(skeleton) if m.kind in kinds]
     if targets == "all-linear":
         chosen = [m for m in candidates if m.kind in LINEAR and m.path != skeleton.head]
     elif isinstance(targets, str):
@@ -148,6 +171,8 @@ def _ending(candidates: Sequence[Module], name: str) -> list[Module]:
 
 def _unmatched(skeleton: Skeleton, candidates: list[Module], name: str) -> str:
     others = _ending(skeleton.modules, name)
+    if _ending(experts(skeleton), name):
+        return f"{name!r} is a parameter of experts, which this method cannot adapt; {_kinds(candidates)}"
     if others:
         return f"{name!r} is a {others[0].type}, which this method cannot adapt; {_kinds(candidates)}"
     nearest = suggest(name, {m.path.rsplit(".", 1)[-1] for m in candidates})

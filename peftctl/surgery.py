@@ -21,13 +21,16 @@ def find(model: nn.Module, path: str) -> nn.Module:
 
 
 def kind_of(module: nn.Module) -> str:
-    """Linear, Conv1D, Embedding or Norm for what behaves as one; otherwise the class name."""
+    """Linear, Conv1D, Embedding, Norm, Experts or ExpertsTransposed for what behaves as one; else the class name."""
     if isinstance(module, nn.Linear):
         return "Linear"
     if isinstance(module, Conv1D):
         return "Conv1D"
     if isinstance(module, nn.Embedding):
         return "Embedding"
+    count = getattr(module, "num_experts", None)
+    if any(p.ndim == 3 and len(p) == count for p in module.parameters(recurse=False)):
+        return "ExpertsTransposed" if getattr(module, "is_transposed", False) else "Experts"
     return "Norm" if type(module).__name__.endswith("Norm") else type(module).__name__
 
 

@@ -46,6 +46,11 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MixtralForCausalLM",
         _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+    ),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {k: v for k, v in _GROUPED.items() if k != "head_dim"}),
     "bert": ("BertConfig", "BertForMaskedLM", _BERT),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", _BERT | {"max_position_embeddings": 130}),

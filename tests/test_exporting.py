@@ -24,8 +24,8 @@ from tests.runs import CONFIGS
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    tiny("llama").save_pretrained(tmp_path / "base")
+def base(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    tiny(getattr(request, "param", "llama")).save_pretrained(tmp_path / "base")
     shutil.copytree(CONFIGS / "tokenizer", tmp_path / "base", dirs_exist_ok=True)
     return tmp_path / "base"
 
@@ -34,7 +34,7 @@ def adapter(base: Path, name: str, **keys: Any) -> Path:
     """An adapter folder as a run writes it."""
     folder = base.with_name("adapter")
     config = contract.config(name, **keys)
-    model, attachment = contract.attached(config, "llama")
+    model, attachment = contract.attached(config, json.loads((base / "config.json").read_text())["model_type"])
     contract.disturb(attachment)
     folder.mkdir()
     peft.write(folder, methods.get(name), config, skeleton(model), attachment.tensors(), resolve(str(base)))
@@ -112,6 +112,19 @@ def test_a_refusal_is_one_sentence_and_leaves_nothing(
         export(str(source), tmp_path / "out", **asked)
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+@pytest.mark.parametrize("asked", [{"to": "gguf"}, {"to": "peft", "server": "vllm"}])
+@pytest.mark.parametrize("base", ["mixtral", "qwen3_moe"], indirect=True)
+def test_experts_that_another_program_does_not_take_may_be_merged(
+    asked: dict[str, str], base: Path, tmp_path: Path
+) -> None:
+    source = adapter(base, "lora", rank=4, target_modules=["experts.gate_up_proj", "experts.down_proj"])
+    with pytest.raises(InputError, match=r"; fold it into its base with peftctl merge$") as caught:
+        export(str(source), tmp_path / "out", **asked)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    export(str(source), tmp_path / "out", to="peft")
+    same(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("to", ["peft", "adapterhub", "gguf"])

@@ -35,7 +35,10 @@ def problems(keys: Mapping[str, Any], stored: Iterable[str]) -> list[str]:
         found.append("it scales all modules by one alpha and one rank, whatever the patterns say")
     if keys["r"] > RANKS[-1]:
         found.append(f"its largest rank is {RANKS[-1]}, not {keys['r']}")
-    unknown = sorted({path.rsplit(".", 1)[-1] for path in _paths(stored)} - _MODULES)
+    if keys.get("target_parameters"):
+        found.append("it has no products of experts in this form")
+    named = {name.split(".")[-2] for name in keys.get("target_parameters", ())} | {"base_layer"}  # said above
+    unknown = sorted({path.rsplit(".", 1)[-1] for path in _paths(stored)} - _MODULES - named)
     if unknown:
         found.append(f"it knows no module {', '.join(unknown)}")
     return found

@@ -34,18 +34,21 @@ class Copies(Delta):
             )
         self.elsewhere = dict(elsewhere or {})
 
-    def stand_ins(self) -> dict[str, Tensor]:
+    def stand_ins(self, module: nn.Module) -> dict[str, Tensor]:
+        return self._values()
+
+    def _values(self) -> dict[str, Tensor]:
         own: dict[str, Tensor] = dict(self.named_parameters())
         return own | {name: copies.get_parameter(there) for name, (copies, there) in self.elsewhere.items()}
 
     def folds(self) -> tuple[str, ...]:
-        return tuple(self.stand_ins())
+        return tuple(self._values())
 
     def mirrors(self) -> tuple[str, ...]:
         return tuple(self.elsewhere)
 
     def fold(self, name: str, weight: Tensor) -> Tensor:
-        value = self.stand_ins().get(name)
+        value = self._values().get(name)
         return weight if value is None else value.detach().to(weight.device)
 
 

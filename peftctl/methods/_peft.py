@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peftctl.errors import FormatError, several
-from peftctl.skeleton import Skeleton
+from peftctl.skeleton import Skeleton, experts
 
 PREFIX = "base_model.model."
 
@@ -32,7 +32,7 @@ def number(value: float) -> int | float:
 def shortest(paths: Sequence[str], skeleton: Skeleton) -> list[str]:
     """Names that match these modules and no others: their last parts where these will do, else whole paths."""
     ends = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
-    known = (*skeleton.modules, *skeleton.added)
+    known = (*skeleton.modules, *skeleton.added, *experts(skeleton))
     matched = {m.path for m in known if m.path.rsplit(".", 1)[-1] in ends}
     return ends if matched == set(paths) else list(paths)
 

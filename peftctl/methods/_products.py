@@ -1,4 +1,7 @@
-"""Low-rank products B A, a (rank, in) and b (out, rank): how they start, what they give, and as a weight's change."""
+"""Low-rank products B A: how they start, what they give, and as a weight's change.
+
+a is (rank, in) and b (out, rank); of experts, all theirs at once, (experts, rank, in) and (experts, out, rank).
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,11 @@ from peftctl.skeleton import Module
 
 def factors(module: Module, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Factors whose product is zero, so that step 0 is the base model."""
-    a = nn.Parameter(torch.empty(rank, module.in_features))
-    nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as in the authors' loralib
-    return a, nn.Parameter(torch.zeros(module.out_features, rank))
+    several = module.shapes["weight"][:-2]  # of experts, one product each
+    a = nn.Parameter(torch.empty(*several, rank, module.in_features))
+    for own in a.view(-1, rank, module.in_features):
+        nn.init.kaiming_uniform_(own, a=math.sqrt(5))  # as in the authors' loralib
+    return a, nn.Parameter(torch.zeros(*several, module.out_features, rank))
 
 
 def applied(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ class Delta(nn.Module):
         """The changed output, from the module's first input `x` and its output `y`; the shape of `y` is kept."""
         raise NotImplementedError
 
-    def stand_ins(self) -> dict[str, Tensor]:
-        """Values of the module's parameters, by their names there, where `stands_in`. The dtype need not be theirs."""
+    def stand_ins(self, module: nn.Module) -> dict[str, Tensor]:
+        """Values for the module's parameters in `folds`, where `stands_in`. The dtype need not be theirs."""
         return {}
 
     def product(self) -> Product | None:
@@ -266,14 +266,16 @@ def _replacing(delta: Delta) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         if delta.enabled:
             # an attribute is found before a registered parameter of its name, which stays as it is
-            vars(module).update({n: t.to(module.get_parameter(n).dtype) for n, t in delta.stand_ins().items()})
+            for name, value in delta.stand_ins(module).items():
+                dtype = module.get_parameter(name).dtype
+                vars(module)[name] = value if value.dtype is dtype else value.to(dtype)
 
     return hook
 
 
 def _restoring(delta: Delta) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for name in delta.stand_ins():
+        for name in delta.folds():
             vars(module).pop(name, None)
 
     return hook

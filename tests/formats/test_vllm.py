@@ -53,6 +53,11 @@ def test_what_is_written_as_a_larger_rank_counts_as_that() -> None:
         ("opt", {"name": "lora", "bias": "lora_only"}, "it refuses biases"),
         ("llama", {"name": "lora", "alpha": 8.0, "rank_pattern": {"q_proj": 4}}, "whatever the patterns say"),
         ("llama", {"name": "lora", "alpha": 8.0, "alpha_pattern": {"q_proj": 4.0}}, "whatever the patterns say"),
+        (
+            "mixtral",
+            {"name": "lora", "target_modules": ["gate_up_proj", "q_proj"]},
+            "it has no products of experts in this form",
+        ),
         ("gpt2", {"name": "lora"}, "it knows no module c_attn, c_fc, c_proj"),
     ],
 )

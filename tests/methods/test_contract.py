@@ -21,10 +21,10 @@ THE_CORE = ("opt", "gpt_neox", "qwen3", "gemma", "mistral", "phi3", "bert")
 
 # what a method refuses with its defaults, by name and with a sentence
 REFUSED = {
-    "bitfit": {"llama", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "mixtral", "phi3", "mpt", "t5"},
+    "bitfit": {"llama", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "mixtral", "qwen3_moe", "phi3", "mpt", "t5"},
     "bottleneck": {"t5"},
     "compacter": {"t5"},
-    "ia3": {"mixtral", "t5"},
+    "ia3": {"mixtral", "qwen3_moe", "t5"},
     "p-tuning": {"t5"},
     "prefix": {"t5"},
     "prompt": {"t5"},

@@ -10,7 +10,7 @@ from peftctl.errors import TargetError
 from peftctl.methods import whole
 from peftctl.methods.base import Counted, Method, MethodConfig, Traits
 from peftctl.methods.whole import Weights
-from peftctl.skeleton import Module, Skeleton, layer_of, select
+from peftctl.skeleton import EXPERTS, Module, Skeleton, layer_of, select
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +42,7 @@ def _modules(skeleton: Skeleton, config: FullConfig) -> list[Module]:
     if config.target_modules is None:
         chosen = [m for m in skeleton.modules if m.shapes]
         return chosen if layers is None else [m for m in chosen if layer_of(m.path) in layers]
-    kinds = frozenset(m.kind for m in skeleton.modules if m.shapes)
+    kinds = frozenset(m.kind for m in skeleton.modules if m.shapes) - EXPERTS  # no one parameter of a module alone
     return list(select(skeleton, config.target_modules, kinds=kinds, layers=layers).modules)
 
 

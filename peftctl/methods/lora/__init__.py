@@ -20,7 +20,8 @@ class LoraConfig(LowRankConfig):
     target_modules: str | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear",
         description="all-linear (every linear but the output head), a list of names, or a regex; "
-        "a name may be a part of a fused linear (c_attn.q, query_key_value.v)",
+        "a name may be a part of a fused linear (c_attn.q, query_key_value.v), or a parameter that holds a matrix of "
+        "all experts (experts.gate_up_proj, experts.down_proj), which all-linear leaves out",
     )
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {}, description="ranks of single modules, by the end of their path or a regex for it"

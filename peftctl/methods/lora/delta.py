@@ -13,9 +13,10 @@ from peftctl.kernels.linear import Product
 from peftctl.methods._products import applied, factors, stored
 from peftctl.methods.attachment import Attachment, Delta, Injected
 from peftctl.methods.lora import LoraConfig
+from peftctl.methods.lora.experts import LowRankExperts
 from peftctl.methods.lora.places import Place, biases, places
 from peftctl.methods.lora.starts import STARTS
-from peftctl.skeleton import Module
+from peftctl.skeleton import EXPERTS, Module
 
 
 class LowRank(Delta):
@@ -37,10 +38,12 @@ class LowRank(Delta):
         self.a0, self.b0 = torch.empty_like(self.a), torch.empty_like(self.b)
         if weight.is_meta:
             return  # the values are yet to be loaded
-        a, b = STARTS[kind](weight, len(self.a), self.scale)
-        for own, first, value in ((self.a, self.a0, a), (self.b, self.b0, b)):
-            own.copy_(value)
-            first.copy_(value)
+        matrices = zip(*(part.view(-1, *part.shape[-2:]) for part in (weight, self.a, self.b)), strict=True)
+        for own, a, b in matrices:
+            for part, value in zip((a, b), STARTS[kind](own, len(a), self.scale), strict=True):
+                part.copy_(value)
+        self.a0.copy_(self.a)
+        self.b0.copy_(self.b)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.state_dict(keep_vars=True)
@@ -59,7 +62,7 @@ class LowRank(Delta):
         """
         if self.a0 is None or self.b0 is None:
             return self.a, self.b
-        return torch.cat([self.a - self.a0, self.a0]), torch.cat([self.b, self.b - self.b0], dim=1)
+        return torch.cat([self.a - self.a0, self.a0], dim=-2), torch.cat([self.b, self.b - self.b0], dim=-1)
 
     def product(self) -> Product | None:
         return Product(*self.factors(), self.scale, self.dropout)
@@ -170,7 +173,9 @@ class LoraAttachment(Attachment):
 def attach(model: nn.Module, config: LoraConfig) -> Attachment:
     table = surgery.skeleton(model)
     chosen = places(table, config).places
-    found = [Injected(p.module.path, _delta(surgery.find(model, p.module.path), p, config)) for p in chosen]
+    apart = [place for place in chosen if place.module.kind not in EXPERTS]
+    found = [Injected(p.module.path, _delta(surgery.find(model, p.module.path), p, config)) for p in apart]
+    found += _experts(model, [place for place in chosen if place.module.kind in EXPERTS], config)
     for module in biases(table, config.bias, chosen):
         found.append(Injected(module.path, Bias(surgery.find(model, module.path).get_parameter("bias"))))
     return LoraAttachment(found, config.lr_ratio)
@@ -189,6 +194,17 @@ def _delta(module: nn.Module, place: Place, config: LoraConfig) -> Delta:
         own = Module(f"{description.path}.{name}", "Linear", "", {"weight": (len(rows), description.in_features)})
         parts[name] = (_low_rank(own, weight[list(rows)], place, config), rows)
     return LowRankParts(description, parts)
+
+
+def _experts(model: nn.Module, chosen: Sequence[Place], config: LoraConfig) -> list[Injected]:
+    """One delta a module of experts, with a product for each of its chosen parameters."""
+    found: dict[str, dict[str, LowRank]] = {}
+    for place in chosen:
+        path, _, name = place.module.path.rpartition(".")
+        weight = surgery.find(model, path).get_parameter(name).detach()
+        weight = weight if place.module.kind == "Experts" else weight.mT
+        found.setdefault(path, {})[name] = _low_rank(place.module, weight, place, config)
+    return [Injected(path, LowRankExperts(products)) for path, products in found.items()]
 
 
 def _low_rank(description: Module, weight: Tensor, place: Place, config: LoraConfig) -> LowRank:

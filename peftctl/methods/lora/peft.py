@@ -1,6 +1,7 @@
 """LoRA adapters of the `peft` package, written with its long-standing keys alone so that old versions load them.
 
 What peft lacks is written as a plain product of a larger rank: a start that is taken away, parts of a fused weight.
+Products of experts alone ask for a newer peft, of 0.18 or later (`parameters.py`).
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ from peftctl.errors import FormatError
 from peftctl.methods._biases import biased
 from peftctl.methods._peft import PREFIX, number, paths_of, refuse, renamed, shortest, targeting
 from peftctl.methods.base import Exchange
-from peftctl.methods.lora import LoraConfig
+from peftctl.methods.lora import LoraConfig, parameters
 from peftctl.methods.lora.places import Place, copies, pattern, places
-from peftctl.skeleton import Skeleton
+from peftctl.skeleton import EXPERTS, Skeleton
 
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_dora": (None, False),
     "lora_bias": (None, False),
     "modules_to_save": (None, []),
     "layer_replication": (None, []),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
 }
 _NAMES = {
@@ -37,23 +37,29 @@ _BIASES = {".base_layer.bias": "bias", ".bias": "bias"}
 def write(config: LoraConfig, skeleton: Skeleton, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     found = places(skeleton, config).places
     stored: dict[str, Any] = {}
+    modules, matrices = parameters.apart([one.module.path for one in found], skeleton)
+    stems = {module.path: stem for stem, module in parameters.stems(skeleton, matrices).items()}
     for one in found:
         a, b = _plain(one, tensors)
+        if one.module.kind in EXPERTS:
+            a, b = parameters.flat(a, b)
         embedding = one.module.kind == "Embedding"
         for letter, tensor in (("A", a), ("B", b)):
             end = f"lora_embedding_{letter}" if embedding else f"lora_{letter}.weight"
-            stored[f"{PREFIX}{one.module.path}.{end}"] = tensor
+            stored[f"{PREFIX}{stems.get(one.module.path, one.module.path)}.{end}"] = tensor
     wrapped = {one.module.path for one in found}
     for module in biased(skeleton, "method.bias") if config.bias != "none" else ():
         inside = "base_layer." if module.path in wrapped else ""
         if f"{module.path}.bias" in tensors:
             stored[f"{PREFIX}{module.path}.{inside}bias"] = tensors[f"{module.path}.bias"]
-    keys = targeting("LORA", skeleton, [one.module.path for one in found]) | _ranks(config, skeleton, found)
+    keys = targeting("LORA", skeleton, modules) | _ranks(config, skeleton, found)
+    if matrices:
+        keys["target_parameters"] = parameters.named(skeleton, matrices)
     return keys | {"bias": config.bias, "init_lora_weights": True}, stored
 
 
 def _plain(one: Place, tensors: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A place's change as one product: (rank, in) and (out, rank)."""
+    """A place's change as one product: (rank, in) and (out, rank), of experts one for each."""
     import torch
 
     path, below, beside = one.module.path, [], []
@@ -68,7 +74,7 @@ def _plain(one: Place, tensors: Mapping[str, Any]) -> tuple[Any, Any]:
             below.append(a)
             wide = b if rows is None else b.new_zeros(one.module.out_features, b.shape[1])
             beside.append(b if rows is None else wide.index_copy(0, torch.tensor(rows, device=b.device), b))
-    return (below[0], beside[0]) if len(below) == 1 else (torch.cat(below), torch.cat(beside, dim=1))
+    return (below[0], beside[0]) if len(below) == 1 else (torch.cat(below, dim=-2), torch.cat(beside, dim=-1))
 
 
 def _ranks(config: LoraConfig, skeleton: Skeleton, found: Sequence[Place]) -> dict[str, Any]:
@@ -106,9 +112,10 @@ def read(
     biases = _BIASES if keys.get("bias") not in (None, "none") else {}
     # peft adds the base's own embedding when that is targeted
     own = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}
-    found = renamed(own, _NAMES | biases, skeleton)
+    experts, own = parameters.read(keys.get("target_parameters") or [], skeleton, own)
+    found = renamed(own, _NAMES | biases, skeleton) if own or not experts else {}
     trained = {name: tensor for name, tensor in found.items() if name.endswith(".bias")}
-    ours = {name: tensor for name, tensor in found.items() if name not in trained}
+    ours = experts | {name: tensor for name, tensor in found.items() if name not in trained}
     paths = paths_of(ours)
     if not paths:
         raise FormatError("adapter_model.safetensors holds no lora_A or lora_B")

@@ -11,8 +11,9 @@ from peftctl.errors import TargetError, suggest
 from peftctl.methods._biases import biased
 from peftctl.methods._lowrank import scale
 from peftctl.methods.lora import LoraConfig
-from peftctl.skeleton import LINEAR_OR_EMBEDDING, Module, Skeleton, layer_of, select
+from peftctl.skeleton import EXPERTS, LINEAR_OR_EMBEDDING, Module, Skeleton, layer_of, select
 
+SERVED = LINEAR_OR_EMBEDDING | EXPERTS
 V = TypeVar("V")
 
 
@@ -30,7 +31,7 @@ class Place(NamedTuple):
         into = self.module.in_features if train_a else 0
         outs = {f"{self.module.path}.{part}": len(rows) for part, rows in self.parts.items()}
         outs = outs or {self.module.path: self.module.out_features}
-        return {path: self.rank * (into + out) for path, out in outs.items()}
+        return {path: self.module.matrices * self.rank * (into + out) for path, out in outs.items()}
 
     @property
     def labels(self) -> list[str]:
@@ -62,14 +63,14 @@ def _chosen(skeleton: Skeleton, config: LoraConfig) -> tuple[Sequence[Module], d
     """The modules, and of fused ones the parts that are meant."""
     names = config.target_modules
     if isinstance(names, str):
-        return select(skeleton, names, kinds=LINEAR_OR_EMBEDDING, layers=config.layers).modules, {}
+        return select(skeleton, names, kinds=SERVED, layers=config.layers).modules, {}
     sorted_ = qkv.sort(skeleton, names)
     if sorted_.whole and sorted_.parts:
-        whole = {m.path for m in select(skeleton, sorted_.whole, kinds=LINEAR_OR_EMBEDDING).modules}
+        whole = {m.path for m in select(skeleton, sorted_.whole, kinds=SERVED).modules}
         if twice := sorted(whole & set(sorted_.parts)):
             raise TargetError(f"method.target_modules: {twice[0]} is named whole and in part; name it once")
     wanted = [*sorted_.whole, *sorted_.parts]
-    return select(skeleton, wanted, kinds=LINEAR_OR_EMBEDDING, layers=config.layers).modules, sorted_.parts
+    return select(skeleton, wanted, kinds=SERVED, layers=config.layers).modules, sorted_.parts
 
 
 def _place(module: Module, config: LoraConfig, parts: Mapping[str, qkv.Rows]) -> Place:
@@ -113,6 +114,11 @@ def _possible(place: Place, config: LoraConfig) -> None:
         several = f"as {module.path} is to hold {times} such products"
         why = several if times > 1 else f"the smaller side of {module.path}{' or of its part' if place.parts else ''}"
         raise TargetError(f"method.{key}: {place.rank} is above {most}, {why}; use at most {most}")
+    if module.kind in EXPERTS and config.dropout:
+        raise TargetError(
+            f"method.dropout: {config.dropout:g} has no place at {module.path}, as the input of experts is theirs "
+            "alone; set it to 0"
+        )
     if module.kind != "Embedding":
         return
     # a subclass may look rows up by something other than its input (OPT's positions)
