@@ -14,13 +14,12 @@ from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from peftctl.data.sandbox import LONGEST, Sandbox
 from peftctl.errors import DataError
 from peftctl.row import Message
 
-LONGEST = 1_000_000  # characters of one rendered dialogue
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: Unicode promises that no text holds them
 
 
@@ -41,10 +40,12 @@ class Template:
         # one moment for a whole run: a dialogue must not render differently after midnight
         self.now = now or datetime.now()
         self.tokens = dict(tokens)
+        self.environment = _environment(self.now)
         try:
-            self.compiled = _environment(self.now).from_string(source)
-        except TemplateError as error:
-            raise DataError(f"{name} does not compile: {error} (line {getattr(error, 'lineno', '?')})") from None
+            self.compiled = self.environment.from_string(source)
+        except (TemplateError, SyntaxError, RecursionError, MemoryError) as error:
+            line = getattr(error, "lineno", None)
+            raise DataError(f"{name} does not compile: {error}{f' (line {line})' if line else ''}") from None
 
     def render(self, messages: Sequence[Message], prompt: bool = False, tools: Sequence[Any] = ()) -> Rendered:
         """The dialogue as text; with `prompt`, followed by what opens the assistant's next turn.
@@ -60,6 +61,7 @@ class Template:
         pieces: list[str] = []
         length = 0
         values = {**self.tokens, "messages": messages, "tools": tools, "documents": None}
+        self.environment.begin()
         try:
             for piece in self.compiled.generate(**values, add_generation_prompt=prompt):
                 pieces.append(piece)
@@ -100,11 +102,9 @@ class Guarded(Namespace):
         super().__setitem__(name, value)
 
 
-def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
+def _environment(now: datetime) -> Sandbox:
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = environment.guarded("tojson", _tojson)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": now.strftime, "namespace": Guarded}
     return environment
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
 from datetime import datetime
 
 import pytest
 
+from peftctl.data import sandbox
 from peftctl.data import template as module
 from peftctl.data.template import Template
 from peftctl.errors import DataError
@@ -55,6 +58,76 @@ def test_what_a_template_may_not_do_is_one_line(source):
     with pytest.raises(DataError, match="the template fails on this dialogue") as caught:
         render(source)
     assert "\n" not in str(caught.value)
+
+
+ENDLESS = [
+    "{% for i in range(10**9) %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(30) }}",
+    "{% for x in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
+    "{{ range(99999) | map('center', 99999) | join }}",
+    "{% set n = namespace(s='ab') %}{% for i in range(99999) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "{% set n = namespace(s='ab') %}{% for i in range(99999) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "{% set n = namespace(s='ab') %}{% for i in range(99) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+    "{% set n = namespace(s='ab') %}{% for i in range(99) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n }}",
+    "{% set n = namespace(s='ab') %}{% for i in range(99) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s | tojson }}",
+    "{% set n = namespace(s='ab') %}{% for i in range(99) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ '%s' % n.s }}",
+    "{% set n = namespace(s='ab') %}{% for i in range(99) %}{% set x %}{{ n.s }}{{ n.s }}{% endset %}"
+    "{% set n.s = x %}{% endfor %}",
+    "{% set n = namespace(s=3) %}{% for i in range(99) %}{% set n.s = n.s * n.s %}{% endfor %}",
+    "{{ 9 ** (9 ** 9) }}",
+    "{{ 'a' * 10**10 }}",
+    "{{ [0] * 10**9 }}",
+    "{{ 'a' | center(10**10) }}",
+    "{{ 'a'.rjust(10**10) }}",
+    "{{ 'a\n' * 9999 | indent(99999) }}",
+    "{{ '\t' * 9999 | string }}{{ ('\t' * 9999).expandtabs(99999) }}",
+    "{{ ('a' * 9999).replace('', 'b' * 9999) }}",
+    "{{ 'a' * 9999 | string }}{{ ('a' * 9999) | replace('a', 'b' * 9999) }}",
+    "{{ ('a' * 99999).join(range(9999) | map('string')) }}",
+    "{{ range(9999) | join('a' * 99999) }}",
+    "{{ range(9999) | map('string') | join('a' * 99999) }}",
+    "{{ '%9999999999d' % 1 }}",
+    "{{ '%*d' % (10**10, 1) }}",
+    "{{ '%9999999999d' | format(1) }}",
+    "{{ '{:9999999999}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 10**10) }}",
+    "{{ '{:{a[w]}}'.format(1, a={'w': 10**10}) }}",
+    "{{ '{:{w}}'.format_map({'w': 10**10}) }}",
+    "{{ ('a' * 9999).translate({97: 'b' * 99999}) }}",
+    "{{ lipsum(10**6) }}",
+]
+
+
+@pytest.mark.parametrize("source", ENDLESS)
+@pytest.mark.fault(34)
+def test_what_would_not_end_is_refused_before_it_takes_time_or_memory(source, monkeypatch):
+    monkeypatch.setattr(sandbox, "WORK", 20_000)
+    tracemalloc.start()
+    begun = time.process_time()
+    with pytest.raises(DataError, match="the template fails on this dialogue") as caught:
+        render(source)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "\n" not in str(caught.value) and time.process_time() - begun < 3 and peak < 60 << 20
+
+
+@pytest.mark.fault(34)
+def test_work_that_no_count_sees_ends_by_the_clock(monkeypatch):
+    monkeypatch.setattr(sandbox, "SECONDS", 0.05)
+    source = "{% set s = 'a' * 999999 %}{% for i in range(99999) %}{% if 'b' in s %}{% endif %}{% endfor %}"
+    with pytest.raises(DataError, match="does a loop of it ever end"):
+        render(source)
+
+
+def test_a_long_dialogue_is_within_bounds():
+    source = (
+        "{% for m in messages %}{% set said = m.content | trim %}{{ '<|' + m.role ~ said.split('</think>')[-1] }}"
+        "{% if m.content.startswith('x') or 'y' in m.content %}{{ m.content.replace('y', 'z') }}{% endif %}"
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ m | tojson }}\n{% endfor %}"
+    )
+    rows = [Message(("user", "assistant")[i % 2], "some words to say " * 25) for i in range(300)]
+    assert len(render(source, rows)) > 250_000
 
 
 def test_a_refusal_in_the_templates_own_words():
