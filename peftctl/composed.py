@@ -12,7 +12,7 @@ from peftctl.located import DEEPEST, Node, Place, parse, read
 
 INPUTS = (
     *(("model", "name"), ("model", "tokenizer"), ("data", "train"), ("data", "validation")),
-    *(("method", "init_from"), ("objective", "reference")),
+    *(("method", "init_from"), ("objective", "reference"), ("data", "chat_template")),
 )
 WORDS = ("initial", "base")  # of objective.reference, which are no folders
 
@@ -105,8 +105,20 @@ def _is_path(key: str, value: str, folder: Path) -> bool:
     """A model's name may be a hub id: what looks like a path or is there is one. A reference may be a word."""
     if key == "reference":
         return value not in WORDS
+    if key == "chat_template":
+        return not is_template_name(value)
     looks = value.startswith((".", "/", "~", "configs/")) or value.endswith((".gguf", ".json"))
     return key != "name" or looks or os.path.isdir(folder / value)
+
+
+def is_template_name(value: str) -> bool:
+    """Whether a chat template that ships with peftctl is meant, not a file."""
+    return not any(mark in value for mark in "./\\")
+
+
+def templates() -> dict[str, Path]:
+    """The chat templates that ship with peftctl, by name."""
+    return {path.stem: path for path in sorted((shared_folder("configs") / "templates").glob("*.jinja"))}
 
 
 def overridden(texts: Sequence[str], problems: list[Problem]) -> Node:

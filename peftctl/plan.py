@@ -13,6 +13,7 @@ from peftctl import model as models
 from peftctl.counting import Counts, count
 from peftctl.data.chat import Chat
 from peftctl.data.dataset import Prepared, prepare
+from peftctl.data.templates import chosen
 from peftctl.errors import DataError, InputError, ModelError, several
 from peftctl.recipe import shared_folder
 from peftctl.schema import Recipe
@@ -99,7 +100,7 @@ def base_and_chat(
     """The recipe's base on this machine, and its tokenizer."""
     wanted = recipe.model
     if wanted.shrink:
-        chat = Chat(_tokenizer(wanted.tokenizer), now=now)
+        chat = _chat(wanted.tokenizer, recipe, now)
         return bases.shrink(_architecture(wanted.name), chat.vocabulary)._replace(tokenizer=chat.folder), chat
     try:
         base = bases.resolve(
@@ -111,7 +112,13 @@ def base_and_chat(
         )
     except ModelError as error:
         raise ModelError(f"model.name: {error}") from None
-    return base, Chat(_tokenizer(base.tokenizer), now=now)
+    return base, _chat(base.tokenizer, recipe, now)
+
+
+def _chat(folder: Path | str | None, recipe: Recipe, now: datetime | None) -> Chat:
+    """The tokenizer in a folder, with the template and the system prompt that the recipe asks for."""
+    wanted = recipe.data.chat_template
+    return Chat(_tokenizer(folder), chosen(wanted) if wanted is not None else None, now, recipe.data.system)
 
 
 def _tokenizer(folder: Path | str | None) -> Path | str:

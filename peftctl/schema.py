@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializeAsAny
 
+from peftctl.composed import is_template_name, templates
 from peftctl.errors import suggest
 from peftctl.methods.base import MethodConfig
 from peftctl.objectives.base import ObjectiveConfig
@@ -36,6 +37,13 @@ def _format(name: str) -> str:
     return name
 
 
+def _template(name: str) -> str:
+    if is_template_name(name) and name not in templates():
+        known = ", ".join(templates())
+        raise ValueError(f"{name!r} is not known{suggest(name, templates())}; {known}, or a file as ./{name}.jinja")
+    return name
+
+
 class DataConfig(Block):
     train: str = Field(min_length=1, description="a data file, a folder or a pattern of files")
     validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[str, Field(min_length=1)] | None = Field(
@@ -44,6 +52,13 @@ class DataConfig(Block):
     max_length: int = Field(1024, ge=2, description="longest row in tokens; longer ones are bad rows")
     format: Annotated[str, AfterValidator(_format)] = Field(
         "auto", description="auto: by the columns", json_schema_extra={"enum": ["auto", *FORMATS]}
+    )
+    chat_template: Annotated[str, AfterValidator(_template)] | None = Field(
+        None,
+        description="in place of the tokenizer's own: chatml, llama3, alpaca, vicuna, or a Jinja file",
+    )
+    system: str | None = Field(
+        None, min_length=1, description="the system prompt of dialogues that have none; becomes part of the template"
     )
     columns: dict[str, str] | None = Field(None, description="our name of a column: the file's")
     on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with a row that cannot be used")

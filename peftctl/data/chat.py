@@ -16,8 +16,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from peftctl.composed import templates
 from peftctl.data.spans import Dialogue, Span, Trained, ending, learnt
 from peftctl.data.template import Template
+from peftctl.data.templates import Chosen, needs, with_system
 from peftctl.errors import DataError, FormatError
 from peftctl.row import Message
 
@@ -35,17 +37,26 @@ class Chat:
     `vocabulary`: one more than the largest id. `template`: None for a tokenizer without one.
     """
 
-    def __init__(self, folder: str | Path, template: str | None = None, now: datetime | None = None) -> None:
-        """`template`: Jinja source to use in place of the folder's. Raises FormatError: no tokenizer in the folder."""
+    def __init__(
+        self,
+        folder: str | Path,
+        template: str | Chosen | None = None,
+        now: datetime | None = None,
+        system: str | None = None,
+    ) -> None:
+        """`template`: to use in place of the folder's. `system`: what dialogues without a system prompt begin with.
+
+        Raises FormatError: no tokenizer in the folder; DataError: a template that does not suit it.
+        """
         self.folder = Path(folder)
         self.tokenizer = _tokenizer(self.folder)
         config = _json(self.folder / CONFIG)
         self.tokens = _special_tokens(config, _json(self.folder / "special_tokens_map.json"))
-        source = template if template is not None else _template(self.folder, config)
-        self.template = Template(source, self.tokens, f"the chat template of {self.folder}", now) if source else None
+        self.system = system
+        self.opening = self._opening()
+        self.template = self._compiled(template if template is not None else _template(self.folder, config), now)
         self.vocabulary = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.special = _pattern([*self._added(), *self.tokens.values()])
-        self.opening = self._opening()
         self.eos = self.tokenizer.token_to_id(self.tokens.get("eos_token", ""))
         self.eos_ids = self._eos_ids()
 
@@ -61,6 +72,7 @@ class Chat:
 
     def completion(self, prompt: str, answer: str) -> Encoded:
         """Ids and label weights of a plain prompt and its answer, end-of-text token included. Raises DataError."""
+        self._plain("a plain prompt")
         if self.eos is None:
             raise DataError(f"the tokenizer {self.folder} has no eos_token, so no answer can end; set it in {CONFIG}")
         before = self.prompt(prompt)
@@ -74,6 +86,7 @@ class Chat:
 
     def text(self, text: str) -> Encoded:
         """Ids and label weights of a text, all of which is learnt: opened as a prompt is, its end included."""
+        self._plain("raw text")
         ids = self.prompt(text)
         if self.eos is not None and ids[-1:] != (self.eos,):
             ids = (*ids, self.eos)
@@ -117,11 +130,35 @@ class Chat:
             if config.pop("chat_template", None) is not None:  # one truth: the file beside it
                 (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    def _compiled(self, wanted: str | Chosen | None, now: datetime | None) -> Template | None:
+        if not wanted:
+            if self.system is not None:
+                raise DataError(f"data.system: the tokenizer {self.folder} has no chat template that shows it")
+            return None
+        found = wanted if isinstance(wanted, Chosen) else Chosen(wanted, f"the chat template of {self.folder}")
+        source, missing = found.source, [token for token in needs(found.source) if not self._has(token)]
+        if missing:
+            raise DataError(f"{found.name} needs {', '.join(missing)}, which the tokenizer {self.folder} does not have")
+        bos = self.tokens.get("bos_token", "")
+        if found.shipped and self.opening and self.opening == (self.tokenizer.token_to_id(bos),):
+            source = "{{- bos_token -}}" + source
+        if self.system is not None:
+            source = with_system(source, self.system)
+        return Template(source, self.tokens, found.name, now)
+
+    def _has(self, token: str) -> bool:
+        return token in self.tokens or self.tokenizer.token_to_id(token) is not None
+
+    def _plain(self, what: str) -> None:
+        if self.system is not None:
+            raise DataError(f"data.system has no place in {what}, which no chat template renders; leave it out")
+
     def _templated(self) -> Template:
         if self.template is None:
             raise DataError(
                 f"the tokenizer {self.folder} has no chat template, so messages cannot be rendered; "
-                f"put a {TEMPLATE} beside its tokenizer.json, or use prompt + completion data"
+                f"set data.chat_template ({', '.join(templates())}), put a {TEMPLATE} beside its tokenizer.json, "
+                "or use prompt + completion data"
             )
         return self.template
 
