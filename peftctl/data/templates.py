@@ -51,7 +51,8 @@ def with_system(source: str, system: str) -> str:
     It is part of the template, so that whoever uses the adapter with it gives the model what it was trained with.
     """
     message = f"{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}"
-    return (
+    opening = (
         "{%- if messages and messages[0]['role'] != 'system' -%}{%- set messages = ["
-        f"{message}] + messages -%}}{{%- endif -%}}{source}"
+        f"{message}] + messages -%}}{{%- endif -%}}"
     )
+    return source if source.startswith(opening) else opening + source

@@ -136,3 +136,12 @@ def test_a_recipe_names_one_or_a_file_beside_it(tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match=r"data\.chat_template: 'chatlm' is not known; did you mean chatml"):
         load("chatlm")
     assert recipe.json_schema()["properties"]["data"]["properties"]["system"]
+
+
+def test_a_run_saves_the_template_with_its_system_prompt(tmp_path):
+    runs.train(
+        tmp_path / "run", runs.document(data={"system": "Purr.", "chat_template": "chatml"}, train={"max_steps": 1})
+    )
+    again = Chat(tmp_path / "run" / "adapter")
+    assert labelled(again, again.dialogue(SIMPLE)).startswith("<|im_start|>system\nPurr.<|im_end|>\n")
+    assert Chat(again.folder, again.template.source, system="Purr.").template.source == again.template.source
