@@ -13,6 +13,7 @@ from peftctl.data.chat import Chat
 from peftctl.data.formats import Columns, decide
 from peftctl.data.packed import Packed, tables_of
 from peftctl.data.sources import Cells, Json
+from peftctl.data.templates import Chosen
 from peftctl.errors import DataError
 from peftctl.objectives.base import Encoder, Objective
 from peftctl.row import Example, Row
@@ -68,9 +69,10 @@ class Job(NamedTuple):
         chat = self.chat
         if not isinstance(chat, Chat) or objectives.get(self.objective.name) is not self.objective:
             return None
-        told = (chat.template.source, chat.template.now.isoformat()) if chat.template is not None else None
+        template = chat.template
+        told = (template.source, template.name, template.now.isoformat()) if template is not None else None
         return {
-            "chat": (str(chat.folder), told),
+            "chat": (str(chat.folder), chat.system, told),
             "objective": self.config.model_dump(mode="json"),
             "written": self.written._replace(wanted=sorted(self.written.wanted)),
             "limits": (self.max_length, self.vocabulary),
@@ -79,8 +81,10 @@ class Job(NamedTuple):
 
 def job_of(document: Mapping[str, Any]) -> Job:
     """The job of a document."""
-    folder, told = document["chat"]
-    chat = Chat(folder) if told is None else Chat(folder, told[0], datetime.fromisoformat(told[1]))
+    folder, system, told = document["chat"]
+    source, name, now = told or (None, "", None)
+    chosen = Chosen(source, name) if source is not None else None
+    chat = Chat(folder, chosen, datetime.fromisoformat(now) if now else None, system)
     objective = objectives.get(document["objective"]["name"])
     written = Written(*document["written"])
     config = objective.config.model_validate(document["objective"])

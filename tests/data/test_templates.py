@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from peftctl import recipe
 from peftctl.composed import templates
 from peftctl.data.chat import Chat
+from peftctl.data.encoding import Job, Written, job_of
 from peftctl.data.templates import Chosen, chosen
 from peftctl.errors import DataError, RecipeError
+from peftctl.objectives import get
 from peftctl.row import Message
 from tests import runs
 from tests.data.labelled import labelled, spans
@@ -145,3 +149,14 @@ def test_a_run_saves_the_template_with_its_system_prompt(tmp_path):
     again = Chat(tmp_path / "run" / "adapter")
     assert labelled(again, again.dialogue(SIMPLE)).startswith("<|im_start|>system\nPurr.<|im_end|>\n")
     assert Chat(again.folder, again.template.source, system="Purr.").template.source == again.template.source
+
+
+def test_another_process_gets_the_same_template(folders):
+    sft = get("sft")
+    config = sft.config(name="sft")
+    for chat in (Chat(folders[True, True], chosen("chatml"), system="Purr."), Chat(folders[True, True])):
+        written = Written("rows", ("prompt", "completion"), "auto", None, sft.kinds)
+        job = Job(chat, sft, config, written, written.decide(), 99, None)
+        again = job_of(json.loads(json.dumps(job.document()))).chat
+        assert (again.system, again.fingerprint()) == (chat.system, chat.fingerprint())
+        assert chat.template is None or again.template.name == chat.template.name
