@@ -192,6 +192,9 @@ def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
     if data and objective and data.format not in {"auto", *suitable(objective.name)}:
         kinds = " or ".join(suitable(objective.name))
         yield at("data.format", f"{data.format} does not suit objective {objective.name}, which learns from {kinds}")
+    if data and objective and data.truncate == "split":
+        if data.format not in ("auto", "text") or "text" not in suitable(objective.name):
+            yield at("data.truncate", "split is for raw text: set it to left or right, or refuse")
     if model and objective and model.task != objectives.get(objective.name).task:
         needed = objectives.get(objective.name).task
         yield at("model.task", f"{model.task} does not suit objective {objective.name}, which needs {needed}")

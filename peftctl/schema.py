@@ -49,7 +49,11 @@ class DataConfig(Block):
     validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[str, Field(min_length=1)] | None = Field(
         None, description="a share to hold out, or a file"
     )
-    max_length: int = Field(1024, ge=2, description="longest row in tokens; longer ones are bad rows")
+    max_length: int = Field(1024, ge=2, description="longest row in tokens")
+    truncate: Literal["refuse", "left", "right", "split"] = Field(
+        "refuse",
+        description="longer rows are bad ones; or are cut, left keeps the answer; raw text may be split into pieces",
+    )
     format: Annotated[str, AfterValidator(_format)] = Field(
         "auto", description="auto: by the columns", json_schema_extra={"enum": ["auto", *FORMATS]}
     )

@@ -211,6 +211,8 @@ def test_paths_are_meant_from_where_they_are_written(tmp_path: Path) -> None:
         (["data.format=preference"], "data.format preference does not suit objective sft, which learns from "),
         (["objective.name=kto", "data.format=preference"], "data.format preference does not suit objective kto"),
         (["objective.name=dpo", "data.format=messages"], "data.format messages does not suit objective dpo"),
+        (["data.format=completion", "data.truncate=split"], "data.truncate split is for raw text"),
+        (["objective.name=dpo", "data.truncate=split"], "data.truncate split is for raw text"),
         (["train.eval_every=2"], "train.eval_every has nothing to evaluate: set data.validation"),
         (["train.max_steps=3", "train.warmup=4"], "train.warmup is 4 of 3 steps: lower it"),
         (["train.max_steps=3", "train.warmup=1.5"], "train.warmup 1.5 is neither a fraction nor a number of steps"),

@@ -55,6 +55,7 @@ def prepare(
         "format": data.format,
         "columns": data.columns,
         "max_length": data.max_length,
+        "truncate": data.truncate,
         "on_bad_row": data.on_bad_row,
         "vocabulary": vocabulary,
         "progress": progress,
@@ -67,7 +68,7 @@ def prepare(
     elif data.validation is not None:
         if len(train) < 2:
             raise DataError(f"{train.name} has one row, of which none can be held out; set data.validation to null")
-        kept, out = split(len(train), data.validation, recipe.train.seed)
+        kept, out = _held_out(train, data.validation, recipe.train.seed, pieces=data.truncate == "split")
         train, held = train.subset(kept), train.subset(out)
     train = _paired(train, objective, recipe.train.seed, "training")
     if held is not None:
@@ -84,6 +85,7 @@ def load(
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     max_length: int = 1024,
+    truncate: str = "refuse",
     on_bad_row: str = "error",
     limit: int | None = None,
     vocabulary: int | None = None,
@@ -95,7 +97,7 @@ def load(
     used, and, unless `on_bad_row` is `skip`, for any row that cannot be used.
     """
     parts = files(path)
-    options = (format, columns, max_length, on_bad_row, limit, vocabulary)
+    options = (format, columns, max_length, truncate, on_bad_row, limit, vocabulary)
     key = cache.key(parts, chat.fingerprint, objective, config, options)
     name = shown(Path(path))
     return cache.kept(key, lambda write: _encoded(name, parts, chat, objective, config, *options, write, progress))
@@ -110,6 +112,7 @@ def _encoded(
     format: str,
     columns: Mapping[str, str] | None,
     max_length: int,
+    truncate: str,
     on_bad_row: str,
     limit: int | None,
     vocabulary: int | None,
@@ -124,7 +127,9 @@ def _encoded(
     if seen and decided.format.kind not in objective.kinds:
         wanted = " or ".join(DESCRIBED[kind] for kind in sorted(objective.kinds))
         raise DataError(f"{name} has {decided.format.described}; objective {objective.name} learns from {wanted}")
-    job = Job(chat, objective, config, written, decided, max_length, vocabulary)
+    if truncate == "split" and decided.format.kind != "text":
+        raise DataError(f"{name} has {decided.format.described}; data.truncate: split is for raw text")
+    job = Job(chat, objective, config, written, decided, max_length, vocabulary, truncate)
     packed, faults, counts, longest = Packed(), list[tuple[int, str]](), Counter[str](), 0
     for chunk in chunks(job, reading.batches(head), reading.long):
         packed.extend(chunk.packed)
@@ -150,9 +155,22 @@ def _encoded(
         unlabelled=counts["unlabelled"],
         ended=counts["ended"],
         longest=longest,
+        truncated=counts["truncated"],
         unused=decided.unused(tuple(seen)),
     )
     return Made(packed, report, names, fingerprint(parts))
+
+
+def _held_out(data: Dataset, share: float, seed: int, pieces: bool) -> tuple[Sequence[int], Sequence[int]]:
+    """Examples to train on and to hold out. Pieces of one text stay on one side, unless it is the only one."""
+    rows = list(dict.fromkeys(data.places)) if pieces else []
+    if len(rows) < 2:
+        return split(len(data), share, seed)
+    held = {rows[number] for number in split(len(rows), share, seed)[1]}
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, row in enumerate(data.places):
+        sides[row in held].append(index)
+    return sides
 
 
 def _paired(dataset: Dataset, objective: Objective[Any], seed: int, part: str) -> Dataset:

@@ -109,4 +109,5 @@ class Report(NamedTuple):
     unlabelled: int  # examples refused because no token of theirs would be learnt
     ended: int  # kept rows whose last label is an end token; far fewer than rows: the model will not learn to stop
     longest: int
+    truncated: int  # rows that were longer than data.max_length, and were cut or split
     unused: tuple[str, ...]  # columns that nothing reads

@@ -14,6 +14,7 @@ from peftctl.data.formats import Columns, decide
 from peftctl.data.packed import Packed, tables_of
 from peftctl.data.sources import Cells, Json
 from peftctl.data.templates import Chosen
+from peftctl.data.truncation import fitted
 from peftctl.errors import DataError
 from peftctl.objectives.base import Encoder, Objective
 from peftctl.row import Example, Row
@@ -30,6 +31,9 @@ class Tokenizer(Encoder, Protocol):
     def token(self, index: int) -> str: ...
 
     def fingerprint(self) -> str: ...
+
+    @property
+    def opening(self) -> tuple[int, ...]: ...
 
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
@@ -63,6 +67,7 @@ class Job(NamedTuple):
     columns: Columns
     max_length: int
     vocabulary: int | None
+    truncate: str = "refuse"
 
     def document(self) -> dict[str, Any] | None:
         """What another process needs to do the same; None where only this one can."""
@@ -75,7 +80,7 @@ class Job(NamedTuple):
             "chat": (str(chat.folder), chat.system, told),
             "objective": self.config.model_dump(mode="json"),
             "written": self.written._replace(wanted=sorted(self.written.wanted)),
-            "limits": (self.max_length, self.vocabulary),
+            "limits": (self.max_length, self.vocabulary, self.truncate),
         }
 
 
@@ -124,16 +129,18 @@ def encode(job: Job, given: Sequence[Given]) -> Chunk:
     """The rows that can be used, encoded by the objective, and what is wrong with the others."""
     packed, contents = Packed(), list[bytes]()
     faults: list[tuple[int, str]] = []
-    counts: Counter[str] = Counter(dict.fromkeys(("read", "refused", "unlabelled", "longest"), 0))
+    counts: Counter[str] = Counter(dict.fromkeys(("read", "refused", "unlabelled", "truncated", "longest"), 0))
     for place, row in given:
         counts["read"] += 1
         try:
-            rows = _rows(job, row)
+            pieces, size = _pieces(job, row)
         except DataError as error:
             counts["refused"] += 1
             counts["unlabelled"] += isinstance(error, NoLabel)
             faults.append((place, str(error)))
-        else:
+            continue
+        counts["truncated"] += size > job.max_length
+        for rows in pieces:
             contents.append(packed.add(rows, place))
             counts.update(_counts(rows, job.chat.eos_ids))
             counts["longest"] = max(counts["longest"], *(len(own.ids) for own in rows))
@@ -141,28 +148,23 @@ def encode(job: Job, given: Sequence[Given]) -> Chunk:
     return Chunk(packed, b"".join(contents), faults[:SHOWN], dict(counts), list(columns))
 
 
-def _rows(job: Job, row: Json | str) -> tuple[Row, ...]:
+def _pieces(job: Job, row: Json | str) -> tuple[list[tuple[Row, ...]], int]:
+    """The examples of a row of the source, of which one that is split has several; and its size before."""
     if isinstance(row, str):
         raise DataError(row)
-    return encoded(job.columns.example(row), job.chat, job.objective, job.config, job.max_length, job.vocabulary)
+    rows = encoded(job.columns.example(row), job.chat, job.objective, job.config, job.vocabulary)
+    return fitted(rows, job.max_length, job.truncate, job.chat.opening), max(len(own.ids) for own in rows)
 
 
 def encoded(
-    example: Example, chat: Tokenizer, objective: Objective[Any], config: Any, max_length: int, vocabulary: int | None
+    example: Example, chat: Tokenizer, objective: Objective[Any], config: Any, vocabulary: int | None
 ) -> tuple[Row, ...]:
-    """The rows of an example. Raises DataError with the reason alone."""
+    """The rows of an example, whole. Raises DataError with the reason alone."""
     rows = objective.encode(example, chat, config)
     for row in rows:
         which = f"the {row.role} answer's row" if row.role else "the row"
         if not any(row.weights if row.targets else row.weights[1:]):  # nothing before the first token predicts it
             raise NoLabel(f"no token of {which} would be learnt")
-        prompt = next(index for index, weight in enumerate((0.0, *row.weights[1:])) if weight or row.targets)
-        if prompt >= max_length:
-            raise DataError(
-                f"the prompt alone has {prompt} tokens, and data.max_length {max_length} leaves no answer room"
-            )
-        if len(row.ids) > max_length:
-            raise DataError(f"{which} has {len(row.ids)} tokens, more than data.max_length {max_length}")
         if vocabulary is not None and max(row.ids) >= vocabulary:
             worst = max(row.ids)
             raise DataError(

@@ -88,8 +88,15 @@ def test_everything_that_matters_is_asked_for(chat, made, here):
     keys = []
 
     def note(path="rows.jsonl", chat=chat, objective=SFT, config=PLAIN, **options):
-        plain = {"format": "auto", "columns": None, "max_length": 9, "on_bad_row": "skip", "limit": None}
-        values = tuple((plain | {"vocabulary": None} | options).values())
+        plain = {
+            "format": "auto",
+            "columns": None,
+            "max_length": 9,
+            "truncate": "refuse",
+            "on_bad_row": "skip",
+            "limit": None,
+        }
+        values = tuple((plain | {"truncate": "refuse", "vocabulary": None} | options).values())
         keys.append(cache.key(files(path), chat.fingerprint, objective, config, values))
 
     note()
@@ -101,13 +108,14 @@ def test_everything_that_matters_is_asked_for(chat, made, here):
     note(columns={"messages": "messages"})
     note(max_length=8)
     note(on_bad_row="error")
+    note(truncate="left")
     note(limit=2)
     note(vocabulary=100)
     (here / "other.jsonl").write_bytes((here / "rows.jsonl").read_bytes())
     note("other.jsonl")  # places name the file
     (here / "rows.jsonl").write_text(json.dumps(talk("the cat?", "sat down")))
     note()
-    assert len(set(keys)) == len(keys) == 13 and None not in keys
+    assert len(set(keys)) == len(keys) == 14 and None not in keys
     note()
     assert keys[-1] == keys[-2]
 

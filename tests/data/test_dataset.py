@@ -45,8 +45,15 @@ def write(here, *rows: object, name: str = "train.jsonl"):
 
 
 def recipe(objective=PLAIN, seed=0, **data):
-    fields = {"train": "train.jsonl", "validation": None, "max_length": 200, "format": "auto", "columns": None}
-    fields |= {"on_bad_row": "error", "share_starts": True, "limit": None, **data}
+    fields = {
+        "train": "train.jsonl",
+        "validation": None,
+        "max_length": 200,
+        "truncate": "refuse",
+        "format": "auto",
+        "columns": None,
+    }
+    fields |= {"truncate": "refuse", "on_bad_row": "error", "share_starts": True, "limit": None, **data}
     return SimpleNamespace(data=SimpleNamespace(**fields), objective=objective, train=SimpleNamespace(seed=seed))
 
 
