@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -52,7 +52,10 @@ class Module(NamedTuple):
 
 
 class Dimensions(NamedTuple):
-    """What a method must know of the shape of attention. Keys and values are `kv_heads * head_dim` wide."""
+    """What a method must know of the shape of attention. Keys and values are `kv_heads * head_dim` wide.
+
+    `layers`: of an encoder-decoder, those of the decoder; `encoder_layers`: those of an encoder beside it, else 0.
+    """
 
     layers: int
     hidden: int
@@ -60,6 +63,12 @@ class Dimensions(NamedTuple):
     kv_heads: int
     head_dim: int
     vocabulary: int
+    encoder_layers: int = 0
+
+    @property
+    def deepest(self) -> int:
+        """Layers of the deepest stack: a layer's number is below it."""
+        return max(self.layers, self.encoder_layers)
 
 
 class Skeleton(NamedTuple):
@@ -111,6 +120,12 @@ def experts(skeleton: Skeleton) -> tuple[Module, ...]:
         for name, shape in module.shapes.items()
         if len(shape) == 3
     )
+
+
+def covered(skeleton: Skeleton, paths: Iterable[str]) -> str:
+    """How many of all layers lie some of these modules in, to read: "2 of 12 layers"."""
+    blocks = {found.group() for path in paths if (found := re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", path))}
+    return f"{len(blocks)} of {skeleton.dimensions.layers + skeleton.dimensions.encoder_layers} layers"
 
 
 def select(
@@ -180,9 +195,9 @@ def _unmatched(skeleton: Skeleton, candidates: list[Module], name: str) -> str:
 
 
 def _in_layers(skeleton: Skeleton, chosen: list[Module], layers: Sequence[int]) -> list[Module]:
-    outside = [layer for layer in layers if not 0 <= layer < skeleton.dimensions.layers]
+    outside = [layer for layer in layers if not 0 <= layer < skeleton.dimensions.deepest]
     if outside:
-        last = skeleton.dimensions.layers - 1
+        last = skeleton.dimensions.deepest - 1
         raise TargetError(f"method.layers: {outside[0]} is not a layer of {skeleton.architecture}; 0 to {last} are")
     return [m for m in chosen if layer_of(m.path) in set(layers)]
 
@@ -196,5 +211,4 @@ def _kinds(candidates: Sequence[Module]) -> str:
 
 def _summary(skeleton: Skeleton, chosen: Sequence[Module]) -> str:
     names = list(dict.fromkeys(m.path.rsplit(".", 1)[-1] for m in chosen))
-    layers = {layer_of(m.path) for m in chosen} - {None}
-    return f"{len(chosen)} modules in {len(layers)} of {skeleton.dimensions.layers} layers: {', '.join(names)}"
+    return f"{len(chosen)} modules in {covered(skeleton, [m.path for m in chosen])}: {', '.join(names)}"

@@ -91,7 +91,13 @@ def dimensions(config: Any) -> Dimensions:
     multi_query = bool(getattr(text, "multi_query", False)) and not getattr(text, "new_decoder_architecture", False)
     kv_heads = 1 if multi_query else _first(text, "num_key_value_heads", "num_kv_heads") or heads
     layers = _first(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 0
-    return Dimensions(layers, hidden, heads, kv_heads, head_dim, _first(text, "vocab_size") or 0)
+    vocabulary = _first(text, "vocab_size") or 0
+    if not getattr(config, "is_encoder_decoder", False):
+        return Dimensions(layers, hidden, heads, kv_heads, head_dim, vocabulary)
+    # some call the encoder's layers by the plain name
+    encoder = _first(config, "encoder_layers", "num_layers", "num_hidden_layers") or 0
+    decoder = _first(config, "decoder_layers", "num_decoder_layers") or layers
+    return Dimensions(decoder, hidden, heads, kv_heads, head_dim, vocabulary, encoder)
 
 
 def _first(config: Any, *names: str) -> int | None:

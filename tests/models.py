@@ -70,12 +70,22 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "T5Config",
         "T5ForConditionalGeneration",
         {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-        | {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "initializer_factor": 1.0},
+        | {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "initializer_factor": 1.0}
+        | {"num_decoder_layers": 3, "dropout_rate": 0.0},
+    ),
+    "bart": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "init_std": 0.2}
+        | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "dropout": 0.0}
+        | {"max_position_embeddings": 128, "forced_eos_token_id": None},
     ),
 }
 
 NAMES = tuple(_MODELS)
 ENCODERS = frozenset({"bert", "roberta"})
+SEQ2SEQ = frozenset({"t5", "bart"})
 
 
 def tiny(name: str) -> PreTrainedModel:

@@ -5,7 +5,9 @@ Structural rules, no class names: a new architecture of a usual shape is served,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from peftctl.errors import TargetError
@@ -15,6 +17,7 @@ ATTENTION_OUTPUT = frozenset({"o_proj", "out_proj", "out_lin", "c_proj", "dense"
 QUERY = frozenset({"q_proj", "query", "q_lin", "q"})
 KEY = frozenset({"k_proj", "key", "k_lin", "k"})
 VALUE = frozenset({"v_proj", "value", "v_lin", "v"})
+CROSS = ("cross", "encoder_attn", "encdec")  # in the name of an attention that reads an encoder's answer
 
 
 class Block(NamedTuple):
@@ -24,6 +27,12 @@ class Block(NamedTuple):
     attention: tuple[Module, ...]  # linears inside the attention
     mlp: tuple[Module, ...]  # linears outside it
     norms: tuple[Module, ...]  # norms outside it, in the order of definition
+    cross: tuple[Module, ...] = ()  # linears inside a second attention, which reads the encoder's answer
+
+    @property
+    def attentions(self) -> tuple[Block, ...]:
+        """The block seen with each of its attentions alone."""
+        return (self, self._replace(attention=self.cross)) if self.cross else (self,)
 
     def named(self, names: Iterable[str]) -> tuple[Module, ...]:
         """The attention's linears of these names."""
@@ -36,26 +45,42 @@ def last(module: Module) -> str:
 
 def blocks(skeleton: Skeleton) -> tuple[Block, ...]:
     """The blocks of the one stack of layers. Raises TargetError for none or several."""
+    return _in_stacks(skeleton, [skeleton.dimensions.layers])
+
+
+def every_block(skeleton: Skeleton) -> tuple[Block, ...]:
+    """The blocks of the one stack of layers, or of an encoder's and then its decoder's. Raises TargetError."""
+    size = skeleton.dimensions
+    return _in_stacks(skeleton, [size.encoder_layers, size.layers] if size.encoder_layers else [size.layers])
+
+
+def _in_stacks(skeleton: Skeleton, layers: Sequence[int]) -> tuple[Block, ...]:
     stacks = _stacks(skeleton)
-    if len(stacks) != 1:
+    if len(stacks) != len(layers):
         found = f"{len(stacks)} stacks of layers ({', '.join(stacks)})" if stacks else "no stack of layers"
-        raise TargetError(f"method: {skeleton.architecture} has {found}; this method needs one")
+        wanted = "one" if len(layers) == 1 else "an encoder's and a decoder's"
+        raise TargetError(f"method: {skeleton.architecture} has {found}; this method needs {wanted}")
+    return tuple(chain.from_iterable(_in_stack(skeleton, *each) for each in zip(stacks, layers, strict=True)))
+
+
+def _in_stack(skeleton: Skeleton, stack: str, layers: int) -> Iterator[Block]:
     members: dict[str, list[Module]] = {}
-    for module in _inside(skeleton.modules, stacks[0]):
-        index = module.path[len(stacks[0]) + 1 :].split(".")[0]
-        members.setdefault(f"{stacks[0]}.{index}", []).append(module)
-    if len(members) != skeleton.dimensions.layers:
+    for module in _inside(skeleton.modules, stack):
+        index = module.path[len(stack) + 1 :].split(".")[0]
+        members.setdefault(f"{stack}.{index}", []).append(module)
+    if len(members) != layers:
         raise TargetError(
-            f"method: {skeleton.architecture} has {skeleton.dimensions.layers} layers but {len(members)} blocks in "
-            f"{stacks[0]}; this method needs one block a layer"
+            f"method: {skeleton.architecture} has {layers} layers but {len(members)} blocks in {stack}; "
+            "this method needs one block a layer"
         )
-    return tuple(_block(path, modules, skeleton.dimensions.hidden) for path, modules in members.items())
+    yield from (_block(path, modules, skeleton.dimensions.hidden) for path, modules in members.items())
 
 
 def normalises_after(skeleton: Skeleton) -> bool:
     """Whether blocks end in their norm (BERT) instead of a final norm following all of them (GPT-2, Llama)."""
-    (stack,) = _stacks(skeleton)
-    return not any(m.kind == "Norm" and f"{stack}.".startswith(f"{_parent(m.path)}.") for m in skeleton.modules)
+    stack = _stacks(skeleton)[-1]
+    norms = [m for m in skeleton.modules if m.kind == "Norm" and "embed" not in last(m)]  # BART's is of embeddings
+    return not any(f"{stack}.".startswith(f"{_parent(m.path)}.") for m in norms)
 
 
 def keys_and_values(skeleton: Skeleton, block: Block) -> tuple[Module, ...]:
@@ -106,16 +131,24 @@ def _inside(modules: Iterable[Module], path: str) -> list[Module]:
 
 
 def _block(path: str, modules: list[Module], hidden: int) -> Block:
-    def first(module: Module) -> str:
-        return module.path[len(path) + 1 :].split(".")[0]
-
     linears = [m for m in modules if m.kind in LINEAR]
-    attention = {first(m) for m in linears if "attn" in first(m) or "attention" in first(m)}
+    attentions = {_attention(path, m) for m in linears} - {None}
+    cross = {name for name in attentions if name is not None and any(word in name.lower() for word in CROSS)}
+    inside = [m for m in linears if _attention(path, m) in attentions]
     return Block(
         path,
-        attention=tuple(m for m in linears if first(m) in attention),
-        mlp=tuple(m for m in linears if first(m) not in attention),
+        attention=tuple(m for m in inside if _attention(path, m) not in cross),
+        mlp=tuple(m for m in linears if m not in inside),
         norms=tuple(
-            m for m in modules if m.kind == "Norm" and first(m) not in attention and m.shapes.get("weight") == (hidden,)
+            m
+            for m in modules
+            if m.kind == "Norm" and _attention(path, m) not in attentions and m.shapes.get("weight") == (hidden,)
         ),
+        cross=tuple(m for m in inside if _attention(path, m) in cross),
     )
+
+
+def _attention(block: str, module: Module) -> str | None:
+    """The path within its block of the attention that a module is or lies in, None outside."""
+    found = re.match(r"(?:[^.]+\.)*?[^.]*(?:attn|attention)[^.]*", module.path[len(block) + 1 :], re.IGNORECASE)
+    return found.group() if found else None

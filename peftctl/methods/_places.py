@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, NoReturn
 
 from peftctl.errors import TargetError
-from peftctl.methods._blocks import ATTENTION_OUTPUT, Block, blocks, down_projection, normalises_after
+from peftctl.methods._blocks import ATTENTION_OUTPUT, Block, down_projection, every_block, normalises_after
 from peftctl.skeleton import Skeleton
 
 
@@ -17,14 +17,15 @@ class Place(NamedTuple):
 
 def places(skeleton: Skeleton, preset: str) -> list[Place]:
     """The places of a preset, block by block. Raises TargetError where an architecture has none."""
-    found = blocks(skeleton)
+    found = every_block(skeleton)
     after = normalises_after(skeleton)
     return [place for block in found for place in _in_block(skeleton, block, preset, after)]
 
 
 def _in_block(skeleton: Skeleton, block: Block, preset: str, after: bool) -> list[Place]:
     if preset == "houlsby":
-        return [Place(_attention_output(skeleton, block)), Place(_mlp_output(skeleton, block))]
+        attentions = [Place(_attention_output(skeleton, attending)) for attending in block.attentions]
+        return [*attentions, Place(_mlp_output(skeleton, block))]
     if preset == "parallel":
         return [Place(_mlp_output(skeleton, block), source=_mlp_source(skeleton, block, after))]
     if not after:
@@ -53,7 +54,7 @@ def _mlp_source(skeleton: Skeleton, block: Block, after: bool) -> str:
     if after:  # the residual was normalised before, so the MLP reads it as it is
         return next(m.path for m in block.mlp if m.in_features == skeleton.dimensions.hidden)
     named = [m for m in block.norms if "pre_feedforward" in m.path]  # Gemma 2 and 3 have four norms
-    found = named or (list(block.norms[-1:]) if len(block.norms) <= 2 else [])
+    found = named or (list(block.norms[-1:]) if len(block.norms) <= 1 + len(block.attentions) else [])
     if len(found) != 1:
         _refuse(skeleton, block, "single norm before its MLP")
     return found[0].path

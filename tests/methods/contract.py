@@ -15,7 +15,7 @@ from peftctl.errors import Unfoldable
 from peftctl.methods.attachment import Attachment, Delta, Virtual
 from peftctl.methods.base import MethodConfig
 from peftctl.surgery import find, frozen, skeleton
-from tests.models import ENCODERS, inputs, tiny
+from tests.models import ENCODERS, inputs, logits, tiny
 
 
 def config(name: str, **keys: Any) -> MethodConfig:
@@ -96,14 +96,14 @@ def keeps_shapes_and_counts(config: MethodConfig, name: str) -> None:
 def starts_as_declared(config: MethodConfig, name: str) -> None:
     """Step 0 is the base bit for bit where the method says so, and is not where it says not."""
     model, attachment = attached(config, name)
-    same = torch.equal(answer(model, attachment), tiny(name)(**inputs(model)).logits)
+    same = torch.equal(answer(model, attachment), logits(tiny(name)))
     assert same == methods.get(config.name).traits(config).starts_as_identity
 
 
 def is_the_base_when_disabled(config: MethodConfig, name: str) -> None:
     model, attachment = attached(config, name)
     disturb(attachment)
-    base = tiny(name)(**inputs(model)).logits
+    base = logits(tiny(name))
     changed = answer(model, attachment)
     assert not torch.equal(changed, base)
     with attachment.disabled():
@@ -154,8 +154,7 @@ def leaves_no_trace(config: MethodConfig, name: str) -> None:
     answer(model, attachment)
     attachment.remove()
     assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
-    call = inputs(model)
-    assert torch.equal(model(**call).logits, base(**call).logits)
+    assert torch.equal(logits(model), logits(base))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 

@@ -168,7 +168,6 @@ def test_a_norm_that_ends_a_block_comes_last_in_post_norm_opt() -> None:
 @pytest.mark.parametrize(
     ("name", "preset", "says"),
     [
-        ("t5", "houlsby", "T5ForConditionalGeneration has 2 stacks of layers"),
         (
             "mixtral",
             "houlsby",

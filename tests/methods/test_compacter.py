@@ -99,7 +99,6 @@ def test_starts_with_weights_of_glorots_variance() -> None:
 @pytest.mark.parametrize(
     ("name", "keys", "says"),
     [
-        ("t5", {}, "T5ForConditionalGeneration has 2 stacks of layers"),
         ("mixtral", {"preset": "compacter"}, "MixtralForCausalLM has no place for it"),
         ("llama", {"phm_dim": 5}, "method.phm_dim: 5 does not divide 32, the hidden width of LlamaForCausalLM"),
     ],

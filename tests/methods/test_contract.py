@@ -17,17 +17,15 @@ from tests.methods import contract
 from tests.models import NAMES, tiny
 
 IN_FULL = ("llama", "gpt2")
-THE_CORE = ("opt", "gpt_neox", "qwen3", "gemma", "mistral", "phi3", "bert")
+THE_CORE = ("opt", "gpt_neox", "qwen3", "gemma", "mistral", "phi3", "bert", "t5", "bart")
 
 # what a method refuses with its defaults, by name and with a sentence
 REFUSED = {
     "bitfit": {"llama", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "mixtral", "qwen3_moe", "phi3", "mpt", "t5"},
-    "bottleneck": {"t5"},
-    "compacter": {"t5"},
-    "ia3": {"mixtral", "qwen3_moe", "t5"},
-    "p-tuning": {"t5"},
-    "prefix": {"t5"},
-    "prompt": {"t5"},
+    "ia3": {"mixtral", "qwen3_moe"},
+    "p-tuning": {"t5", "bart"},
+    "prefix": {"t5", "bart"},
+    "prompt": {"t5", "bart"},
 }
 
 

@@ -80,7 +80,6 @@ def test_a_small_change_survives_half_precision() -> None:
     ("name", "keys", "says"),
     [
         ("mixtral", {}, "MixtralForCausalLM has no single linear that ends its MLP"),
-        ("t5", {}, "T5ForConditionalGeneration has 2 stacks of layers"),
         ("llama", {"feedforward_modules": ["k_proj"]}, r"layers\.0\.self_attn\.k_proj of .* as well"),
         ("llama", {"feedforward_modules": ["dwn_proj"]}, "method.feedforward_modules: .*did you mean down_proj"),
     ],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from peftctl.methods.base import Counted, Method, MethodConfig, Traits
-from peftctl.skeleton import Skeleton, layer_of
+from peftctl.skeleton import Skeleton, covered
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,12 +32,9 @@ def _count(skeleton: Skeleton, config: BitfitConfig) -> Counted:
     from peftctl.methods.bitfit.places import places, width
 
     modules = places(skeleton, config.biases, config.add_missing)
-    layers = {layer_of(m.path) for m in modules} - {None}
     missing = sum("bias" not in m.shapes for m in modules)
-    return Counted(
-        {m.path: width(m) for m in modules},
-        f"{len(modules)} biases ({missing} of them added) in {len(layers)} of {skeleton.dimensions.layers} layers",
-    )
+    sizes = {m.path: width(m) for m in modules}
+    return Counted(sizes, f"{len(modules)} biases ({missing} of them added) in {covered(skeleton, sizes)}")
 
 
 def _attach(model: nn.Module, config: BitfitConfig) -> Attachment:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from peftctl.errors import TargetError
 from peftctl.methods._biases import biased
-from peftctl.methods._blocks import QUERY, blocks, last
+from peftctl.methods._blocks import QUERY, every_block, last
 from peftctl.skeleton import LINEAR, Module, Skeleton
 
 
@@ -37,14 +37,15 @@ def _all(skeleton: Skeleton) -> list[Module]:
 
 def _paper_half(skeleton: Skeleton) -> list[Module]:
     found = []
-    for block in blocks(skeleton):
-        query = block.named(QUERY)
+    for block in every_block(skeleton):
+        query = [m for attending in block.attentions for m in attending.named(QUERY)]
         middle = [m for m in block.mlp if m.in_features == skeleton.dimensions.hidden and m != block.mlp[-1]]
-        if len(query) != 1 or not middle:
+        if len(query) != len(block.attentions) or not middle:
             lacking = "an MLP's middle" if query else "a query projection of its own"
+            has = _names(block.mlp if query else block.attention + block.cross)
             raise TargetError(
                 f"method.biases: query+mlp needs {lacking} in every layer, and {block.path} of "
-                f"{skeleton.architecture} has {_names(block.attention if not query else block.mlp)}; use all"
+                f"{skeleton.architecture} has {has}; use all"
             )
         found += [*query, *middle]
     return found

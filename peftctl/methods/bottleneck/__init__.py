@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from peftctl.methods._places import places
 from peftctl.methods.base import Counted, Method, MethodConfig, Traits
-from peftctl.skeleton import Skeleton
+from peftctl.skeleton import Skeleton, covered
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,11 +67,11 @@ def _count(skeleton: Skeleton, config: BottleneckConfig) -> Counted:
     hidden = skeleton.dimensions.hidden
     width = config.width_in(hidden)
     found = places(skeleton, config.preset)
-    layers = skeleton.dimensions.layers
+    layers = covered(skeleton, [place.path for place in found])
     size = 2 * hidden * width + width + hidden  # both weights and both biases
     return Counted(
         {place.path: size for place in found},
-        f"{len(found)} bottlenecks of width {width} in {layers} of {layers} layers ({config.preset})",
+        f"{len(found)} bottlenecks of width {width} in {layers} ({config.preset})",
     )
 
 

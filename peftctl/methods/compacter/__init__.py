@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from peftctl.errors import TargetError
 from peftctl.methods._places import Place, places
 from peftctl.methods.base import Counted, Method, MethodConfig, Traits
-from peftctl.skeleton import Skeleton
+from peftctl.skeleton import Skeleton, covered
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,11 +56,11 @@ def placed(skeleton: Skeleton, config: CompacterConfig) -> list[Place]:
 
 def _count(skeleton: Skeleton, config: CompacterConfig) -> Counted:
     hidden, found = skeleton.dimensions.hidden, placed(skeleton, config)
-    width, layers = config.width_in(hidden), skeleton.dimensions.layers
+    width, layers = config.width_in(hidden), covered(skeleton, [place.path for place in found])
     size = 2 * config.rank * (hidden + width) + width + hidden  # the factors of both weights, and both biases
     return Counted(
         {"rule": config.phm_dim**3} | {place.path: size for place in found},
-        f"{len(found)} bottlenecks of width {width} in {layers} of {layers} layers ({config.preset})",
+        f"{len(found)} bottlenecks of width {width} in {layers} ({config.preset})",
     )
 
 

@@ -10,7 +10,7 @@ from peftctl.errors import TargetError
 from peftctl.methods import whole
 from peftctl.methods.base import Counted, Method, MethodConfig, Traits
 from peftctl.methods.whole import Weights
-from peftctl.skeleton import EXPERTS, Module, Skeleton, layer_of, select
+from peftctl.skeleton import EXPERTS, Module, Skeleton, covered, layer_of, select
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +47,7 @@ def _modules(skeleton: Skeleton, config: FullConfig) -> list[Module]:
 
 
 def _layers(skeleton: Skeleton, config: FullConfig) -> list[int] | None:
-    count = skeleton.dimensions.layers
+    count = skeleton.dimensions.deepest
     if config.last_layers is not None:
         if config.last_layers > count:
             raise TargetError(f"method.last_layers: {skeleton.architecture} has {count} layers")
@@ -62,10 +62,7 @@ def _layers(skeleton: Skeleton, config: FullConfig) -> list[int] | None:
 
 def _count(skeleton: Skeleton, config: FullConfig) -> Counted:
     places = weights(skeleton, config).sizes(skeleton)
-    layers = {layer_of(path) for path in places} - {None}
-    return Counted(
-        places, f"the weights of {len(places)} modules, {len(layers)} of {skeleton.dimensions.layers} layers among them"
-    )
+    return Counted(places, f"the weights of {len(places)} modules, {covered(skeleton, places)} among them")
 
 
 def _attach(model: nn.Module, config: FullConfig) -> Attachment:

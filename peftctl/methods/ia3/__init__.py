@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import Field, model_validator
 
 from peftctl.errors import TargetError
-from peftctl.methods._blocks import blocks, down_projection, keys_and_values
+from peftctl.methods._blocks import down_projection, every_block, keys_and_values
 from peftctl.methods.base import Counted, Exchange, Method, MethodConfig, Traits
-from peftctl.skeleton import Module, Skeleton, layer_of, select
+from peftctl.skeleton import Module, Skeleton, covered, select
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,7 +62,7 @@ def _outputs(skeleton: Skeleton, targets: str | list[str] | None) -> tuple[Modul
     if targets is not None:
         return select(skeleton, targets).modules if targets else ()
     found: list[Module] = []
-    for block in blocks(skeleton):
+    for block in (attending for whole in every_block(skeleton) for attending in whole.attentions):
         projections = keys_and_values(skeleton, block)
         if not projections:
             raise TargetError(
@@ -77,7 +77,7 @@ def _inputs(skeleton: Skeleton, targets: str | list[str] | None) -> tuple[Module
     if targets is not None:
         return select(skeleton, targets, key="method.feedforward_modules").modules if targets else ()
     found = []
-    for block in blocks(skeleton):
+    for block in every_block(skeleton):
         down = down_projection(skeleton, block)
         if down is None:
             raise TargetError(
@@ -91,11 +91,10 @@ def _inputs(skeleton: Skeleton, targets: str | list[str] | None) -> tuple[Module
 def _count(skeleton: Skeleton, config: Ia3Config) -> Counted:
     found = scaled(skeleton, config)
     places = {m.path: m.out_features for m in found.outputs} | {m.path: m.in_features for m in found.inputs}
-    layers = {layer_of(path) for path in places} - {None}
+    names = ", ".join(dict.fromkeys(p.rsplit(".", 1)[-1] for p in places))
     return Counted(
         places,
-        f"{len(found.outputs)} outputs and {len(found.inputs)} inputs scaled in {len(layers)} of "
-        f"{skeleton.dimensions.layers} layers: " + ", ".join(dict.fromkeys(p.rsplit(".", 1)[-1] for p in places)),
+        f"{len(found.outputs)} outputs and {len(found.inputs)} inputs scaled in {covered(skeleton, places)}: {names}",
     )
 
 

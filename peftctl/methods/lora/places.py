@@ -11,7 +11,7 @@ from peftctl.errors import TargetError, suggest
 from peftctl.methods._biases import biased
 from peftctl.methods._lowrank import scale
 from peftctl.methods.lora import LoraConfig
-from peftctl.skeleton import EXPERTS, LINEAR_OR_EMBEDDING, Module, Skeleton, layer_of, select
+from peftctl.skeleton import EXPERTS, LINEAR_OR_EMBEDDING, Module, Skeleton, covered, select
 
 SERVED = LINEAR_OR_EMBEDDING | EXPERTS
 V = TypeVar("V")
@@ -54,9 +54,8 @@ def places(skeleton: Skeleton, config: LoraConfig) -> Places:
     for place in found:
         _possible(place, config)
     names = dict.fromkeys(label for place in found for label in place.labels)
-    layers = {layer_of(module.path) for module in modules} - {None}
-    total = skeleton.dimensions.layers
-    return Places(found, f"{len(found)} modules in {len(layers)} of {total} layers: {', '.join(names)}")
+    layers = covered(skeleton, [module.path for module in modules])
+    return Places(found, f"{len(found)} modules in {layers}: {', '.join(names)}")
 
 
 def _chosen(skeleton: Skeleton, config: LoraConfig) -> tuple[Sequence[Module], dict[str, dict[str, qkv.Rows]]]:
