@@ -106,7 +106,9 @@ def count_params(
 
 @app.command(epilog="Example: peftctl merge runs/smoke/adapter --output merged")
 def merge(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter or a run", show_default=False)],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", help="adapters or runs of one base", show_default=False)
+    ],
     output: Annotated[Path, typer.Option(help="the folder of the merged model")],
     base: BaseOption = None,
     dtype: Annotated[str | None, typer.Option(help="stored type of the result, if not the base's")] = None,
@@ -114,10 +116,10 @@ def merge(
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Fold an adapter into its base, shard by shard, and compare the logits."""
+    """Fold an adapter, or the sum of several, into their base, shard by shard, and compare the logits."""
     from peftctl import commands
 
-    result = commands.merge(adapter, output, base, dtype, not no_verify, trust_remote_code, quiet)
+    result = commands.merge(adapters, output, base, dtype, not no_verify, trust_remote_code, quiet)
     _print(result, json_, commands.described)
 
 

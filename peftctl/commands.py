@@ -122,7 +122,7 @@ def _counted_base(wanted: Recipe, trust_remote_code: bool) -> Base:
 
 
 def merge(
-    adapter: str,
+    adapters: Sequence[str],
     output: Path,
     base: str | None,
     dtype: str | None,
@@ -135,7 +135,7 @@ def merge(
 
     with _bar("bytes of weights merged:", quiet) as progress:
         return run(
-            adapter,
+            adapters,
             output,
             base=base,
             dtype=dtype,

@@ -66,6 +66,35 @@ def stored(source: BinaryIO, shard: Shard, entry: Entry) -> Tensor:
     return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
 
 
+class Summed(Delta):
+    """What several adapters add to one parameter, each to the base's own value."""
+
+    def __init__(self, changes: Sequence[Sequence[Fold]]) -> None:
+        super().__init__()
+        self.changes = changes
+
+    def fold(self, name: str, weight: Tensor) -> Tensor:
+        total = weight
+        for folds in self.changes:
+            total = total + (folded(weight, folds) - weight)
+        return total
+
+
+def together(several: Sequence[Folds]) -> Folds:
+    """The folds of several attachments as one. Raises Unfoldable where their changes of a parameter do not add up."""
+    found: Folds = {}
+    for full in dict.fromkeys(name for folds in several for name in folds):
+        changes = [folds[full] for folds in several if full in folds]
+        fixed = [fold.delta for change in changes for fold in change if not fold.delta.adds]
+        if len(changes) > 1 and fixed:
+            raise Unfoldable(
+                f"{full} is changed by {len(changes)} of the adapters, and what {type(fixed[0]).__name__} makes of it "
+                "depends on its value, so their changes do not add up: merge one, and train the other on the result"
+            )
+        found[full] = changes[0] if len(changes) == 1 else [Fold(changes[0][0].name, Summed(changes))]
+    return found
+
+
 @torch.no_grad()
 def folded(weight: Tensor, folds: Sequence[Fold]) -> Tensor:
     """Folded in fp32 (fp64 stays fp64)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peftctl.errors import FormatError, InputError, SaveError, Unfoldable
-from peftctl.folding import DTYPES, Folds, folded, folds_of, rounded, stored
+from peftctl.folding import DTYPES, Folds, folded, folds_of, rounded, stored, together
 from peftctl.formats import headed, names
 from peftctl.formats.shards import INDEX, WIDTHS, Entry, Shard, header, shards
 from peftctl.joined import Joined, joined
@@ -43,6 +43,7 @@ def merge(
     attachment: Attachment,
     output: Path,
     *,
+    further: Sequence[Attachment] = (),
     dtype: str | None = None,
     task: Task | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -50,6 +51,7 @@ def merge(
 ) -> None:
     """Write the base's files with the deltas folded in, to a folder that appears when it is whole.
 
+    `further`: other adapters on the same base, whose changes are added.
     `task`: what the model is asked for; the head is written beside what the base's files hold. `progress` gets bytes
     done and bytes in all; `finish` may add files to the folder before it gets its name. Raises Unfoldable, InputError,
     FormatError, SaveError; there is no output then.
@@ -59,7 +61,7 @@ def merge(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"--output: {output} exists already; name another folder or remove it")
     found = shards(base)
-    folds = folds_of(attachment, model)
+    folds = together([folds_of(one, model) for one in (attachment, *further)])
     head = headed.Head() if task is None else headed.new(model, folds, found)
     changes = _on_disk(model, {full: own for full, own in folds.items() if full not in head.tensors}, found)
     laid_out = [_laid_out(shard, dtype and NAMES[dtype], head) for shard in found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch import Tensor
 from peftctl import base as bases
 from peftctl import merge as streaming
 from peftctl import model as models
+from peftctl.adapter import attach
 from peftctl.adapter import deltas as unhung
 from peftctl.data.chat import Chat
 from peftctl.errors import InputError, PeftctlError
+from peftctl.formats.shards import fingerprint
 from peftctl.methods.attachment import Attachment
 from peftctl.opened import Found, find
 from peftctl.opened import open as load
@@ -29,7 +31,7 @@ BROKEN = 0.1
 
 
 def merge(
-    adapter: str,
+    adapters: Sequence[str],
     output: Path,
     *,
     base: str | None = None,
@@ -38,24 +40,29 @@ def merge(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Write base with adapter folded in as a model folder. Raises Unfoldable, InputError, PeftctlError."""
+    """Write base with adapters folded in as a model folder; several add up, the tokenizer is the first's.
+
+    Raises Unfoldable, InputError, PeftctlError.
+    """
     begun = time.perf_counter()
-    found = find(adapter, base, trust_remote_code=trust_remote_code)
-    if found.adapter is None or found.base.weights is None:
-        raise InputError(f"{adapter} is a model, not an adapter: there is nothing to merge")
+    several = [_found(adapter, base, trust_remote_code) for adapter in adapters]
+    _of_one_base(several)
+    found, weights = several[0], several[0].base.weights
+    assert weights is not None
     model = models.empty(found.base, trust_remote_code=trust_remote_code)
     tokenizer = Chat(found.tokenizer)
     streaming.merge(
-        found.base.weights,
+        weights,
         model,
         deltas(found, model),
         output,
+        further=[deltas(one, model) for one in several[1:]],
         dtype=dtype,
         task=found.base.task,
         progress=progress,
         finish=tokenizer.save,
     )
-    difference, largest = _difference(found, output, trust_remote_code) if verify else (None, None)
+    difference, largest = _difference(several, output, trust_remote_code) if verify else (None, None)
     return {
         "output": str(output),
         "seconds": time.perf_counter() - begun,
@@ -63,6 +70,28 @@ def merge(
         "max_logit_difference": difference,
         "largest_logit": largest,
     }
+
+
+def _found(adapter: str, base: str | None, trust_remote_code: bool) -> Found:
+    found = find(adapter, base, trust_remote_code=trust_remote_code)
+    if found.adapter is None or found.base.weights is None:
+        raise InputError(f"{adapter} is a model, not an adapter: there is nothing to merge")
+    return found
+
+
+def _of_one_base(several: Sequence[Found]) -> None:
+    """Refuse adapters that do not belong on one model."""
+    first, *others = several
+    assert first.adapter is not None and first.base.weights is not None
+    for other in others:
+        assert other.adapter is not None and other.base.weights is not None
+        if other.base.task != first.base.task:
+            what = "one has a head that the other lacks, or another's"
+        elif fingerprint(other.base.weights) != fingerprint(first.base.weights):
+            what = f"the one's base is {first.base.name}, the other's {other.base.name}"
+        else:
+            continue
+        raise InputError(f"{first.adapter.folder} and {other.adapter.folder} cannot be merged into one model: {what}")
 
 
 def deltas(found: Found, model: Any) -> Attachment:
@@ -75,15 +104,16 @@ def deltas(found: Found, model: Any) -> Attachment:
     return attachment
 
 
-def _difference(found: Found, output: Path, trust_remote_code: bool) -> tuple[float, float]:
+def _difference(several: Sequence[Found], output: Path, trust_remote_code: bool) -> tuple[float, float]:
     """Largest difference between the logits of base + adapter and of the merged files read back, and largest logit.
 
     The files hold rounded weights, base + adapter does not: in bfloat16 that alone is some percent of a logit.
     """
+    found = several[0]
     dtype = "float32" if found.skeleton.parameters() <= SMALL else "auto"
-    expected = _logits(found, dtype, trust_remote_code)
+    expected = _logits(several, dtype, trust_remote_code)
     merged = Found(bases.resolve(str(output))._replace(task=found.base.task), found.skeleton, None, found.tokenizer)
-    error = _logits(merged, dtype, trust_remote_code) - expected
+    error = _logits([merged], dtype, trust_remote_code) - expected
     difference, largest = float(error.abs().max()), float(expected.abs().max())
     if not float(error.norm()) <= BROKEN * float(expected.norm()):
         raise PeftctlError(f"{output} does not answer as base and adapter do: its logits differ by {difference:.2g}")
@@ -91,8 +121,13 @@ def _difference(found: Found, output: Path, trust_remote_code: bool) -> tuple[fl
 
 
 @torch.no_grad()
-def _logits(found: Found, dtype: str, trust_remote_code: bool) -> Tensor:
+def _logits(several: Sequence[Found], dtype: str, trust_remote_code: bool) -> Tensor:
+    found, *others = several
     policy = load(found, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code).policy
+    for other in others:
+        assert other.adapter is not None
+        attachment = attach(policy.model, other.adapter.method, other.adapter.config, 0).eval()
+        attachment.load(other.adapter.tensors, str(other.adapter.folder))
     generator = torch.Generator().manual_seed(0)
     high = found.skeleton.dimensions.vocabulary
     ids = torch.randint(0, high, (2, 24), generator=generator)

@@ -126,7 +126,7 @@ def _merged(folder: RunFolder, adapter: Path, notice: Callable[[str], None]) -> 
     """A smoke run proves the merge as well, where the method has one."""
     shutil.rmtree(folder.path / "merged", ignore_errors=True)
     try:
-        return merge(str(adapter), folder.path / "merged")
+        return merge([str(adapter)], folder.path / "merged")
     except Unfoldable as refusal:
         notice(f"not merged: {refusal}")
         return None

@@ -229,7 +229,7 @@ def test_merged_with_its_head_into_plain_weights(name: str, task: Task, folder: 
     base = base_of(folder, name, task)
     policy, attachment, config = loaded(base)
     written(policy, attachment, config, base, tmp_path / "adapter")
-    assert merge(str(tmp_path / "adapter"), tmp_path / "merged")["max_logit_difference"] < 1e-4
+    assert merge([str(tmp_path / "adapter")], tmp_path / "merged")["max_logit_difference"] < 1e-4
     end = "Sequence" if task is ROWS else "Token"
     model = getattr(transformers, f"AutoModelFor{end}Classification").from_pretrained(tmp_path / "merged").eval()
     assert model.config.id2label == dict(enumerate(LABELS))
@@ -249,7 +249,7 @@ def test_a_head_for_other_labels_is_replaced(folder: Path, tmp_path: Path) -> No
     base = base_of(tmp_path, "bert", ROWS)
     policy, attachment, config = loaded(base)
     written(policy, attachment, config, base, tmp_path / "adapter")
-    assert merge(str(tmp_path / "adapter"), tmp_path / "merged")["max_logit_difference"] < 1e-4
+    assert merge([str(tmp_path / "adapter")], tmp_path / "merged")["max_logit_difference"] < 1e-4
     names = [entry.name for shard in shards(tmp_path / "merged") for entry in shard.entries]
     assert sum("classifier" in name for name in names) == 2 == len({n for n in names if "classifier" in n})
 
@@ -265,7 +265,7 @@ def test_a_bare_trunk_gets_its_head(folder: Path, tmp_path: Path) -> None:
     policy, attachment, config = loaded(base)
     assert not any("pooler" in name and not name.endswith((".a", ".b")) for name in attachment.trainable())
     written(policy, attachment, config, base, tmp_path / "adapter")
-    assert merge(str(tmp_path / "adapter"), tmp_path / "merged")["max_logit_difference"] < 1e-4
+    assert merge([str(tmp_path / "adapter")], tmp_path / "merged")["max_logit_difference"] < 1e-4
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     for ours, expected in zip(alone(model), alone(policy.model), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

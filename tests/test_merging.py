@@ -24,7 +24,7 @@ def difference(error: torch.Tensor, folder: Path, monkeypatch: pytest.MonkeyPatc
         return next(answers)
 
     monkeypatch.setattr(merging, "_logits", logits)
-    return merging._difference(found, folder / "base", False)
+    return merging._difference([found], folder / "base", False)
 
 
 def outlier(size: float) -> torch.Tensor:

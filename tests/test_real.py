@@ -76,6 +76,6 @@ def test_every_recipe_trains_and_merges_where_it_can(
         assert events[0]["loss"] == float(torch.tensor(math.log(2), dtype=torch.float32))
     assert result["steps"] == 3 and result["proof"]["moved"] > 0
     if methods.get(wanted.method.name).traits(wanted.method).foldable:
-        merged = commands.merge(result["adapter"], tmp_path / "merged", None, None, True, False, True)
+        merged = commands.merge([result["adapter"]], tmp_path / "merged", None, None, True, False, True)
         assert merged["max_logit_difference"] < 3
     shutil.rmtree(tmp_path / "merged", ignore_errors=True)

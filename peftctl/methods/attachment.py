@@ -25,6 +25,7 @@ class Delta(nn.Module):
     reenters = False  # the answer of `forward` is a new input, on which the module runs once more (its output counts)
     on_input = False  # `forward` is asked before the module runs, with its input as `x` and `y`; the answer is run on
     inert = False  # it only holds what other deltas use, and changes nothing by itself
+    adds = False  # what it adds to a parameter does not depend on the parameter: several such changes add up
     stands_in = False  # there is no `forward`: the module runs with `stand_ins` in the place of its own parameters
 
     def tensors(self) -> dict[str, Tensor]:

@@ -159,7 +159,7 @@ def test_merged_into_plain_weights(name: str, modules: list[str], tmp_path: Path
     base = resolve(str(tmp_path / "base"))
     (tmp_path / "adapter").mkdir()
     write(tmp_path / "adapter", methods.get("lora"), chosen, skeleton(model), attachment.tensors(), base)
-    result = merge(str(tmp_path / "adapter"), tmp_path / "merged")
+    result = merge([str(tmp_path / "adapter")], tmp_path / "merged")
     assert result["max_logit_difference"] < 1e-4
     merged = load(find(str(tmp_path / "merged"))).policy.model
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)

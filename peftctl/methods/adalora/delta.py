@@ -23,6 +23,8 @@ FACTORS = ("a", "b", "e")  # Q, P and E of the paper
 class Decomposition(Delta):
     """The factors of one weight, and how important each of their numbers has been: state that is saved as well."""
 
+    adds = True
+
     keep: Tensor
 
     def __init__(self, module: Module, config: AdaloraConfig) -> None:

@@ -13,6 +13,8 @@ from peftctl.methods.bitfit.places import places, width
 
 
 class Bias(Delta):
+    adds = True
+
     def __init__(self, size: int, present: bool) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(size))  # zero: step 0 is the base model

@@ -22,6 +22,8 @@ from peftctl.skeleton import EXPERTS, Module
 class LowRank(Delta):
     """A product beside a weight, or beside some rows of one; less the product that it started from, if it was not 0."""
 
+    adds = True
+
     a0: Tensor | None
     b0: Tensor | None
 
@@ -97,6 +99,8 @@ class LowRankRows(LowRank):
 class LowRankParts(Delta):
     """Products beside parts of a fused weight, each a child named after its part; the other outputs stay the base's."""
 
+    adds = True
+
     def __init__(self, module: Module, parts: Mapping[str, tuple[LowRank, Sequence[int]]]) -> None:
         super().__init__()
         self.module = module
@@ -138,6 +142,8 @@ class LowRankParts(Delta):
 
 class Bias(Delta):
     """A trained copy of a bias, in its place. The copy is what is saved, as in peft's files."""
+
+    adds = True
 
     def __init__(self, bias: nn.Parameter) -> None:
         super().__init__()

@@ -41,6 +41,8 @@ class Projections(Delta):
 class Scaled(Delta):
     """The vectors of one weight."""
 
+    adds = True
+
     def __init__(self, module: Module, projections: Projections, config: VeraConfig) -> None:
         super().__init__()
         self.module, self.dropout = module, config.dropout
