@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 debug = False
 quiet = False
+words: list[str] = []  # of the command line
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe", show_default=False)]
 PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="a run, an adapter or a model", show_default=False)]
@@ -60,11 +61,17 @@ def train(
     smoke: Annotated[bool, typer.Option("--smoke", help="2 steps on a tiny random model, no downloads")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="tell where the time went; write RUN/trace.json")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="skip the proof after training")] = False,
+    nproc: Annotated[int, typer.Option(min=1, metavar="N", help="processes on this machine that share each step")] = 1,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
     """Train a recipe; the run's folder holds the adapter and what proves it."""
     from peftctl import commands
+
+    if nproc > 1 and not dry_run:
+        from peftctl.launch import launch
+
+        raise typer.Exit(launch(nproc, words))
 
     own = {key: value for key, value in (("output", output), ("train.device", device)) if value is not None}
     options = {"resume": resume, "resume_from": resume_from, "verify": not no_verify, "quiet": quiet}
@@ -225,6 +232,7 @@ def _print(result: Any, as_json: bool, readable: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; an error of ours is one line on stderr and an exit code."""
+    global words
     words = sys.argv[1:] if arguments is None else arguments
     # --quiet and --debug count before and after the command alike
     anywhere = [word for word in words if word in ("--quiet", "--debug")]

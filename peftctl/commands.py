@@ -235,7 +235,7 @@ def init(path: Path) -> str:
 
 def described(result: Mapping[str, Any]) -> str:
     """A result as lines to read."""
-    width = max(map(len, result))
+    width = max(map(len, result), default=0)
     return "\n".join(f"{name:<{width}}  {_readable(value)}" for name, value in result.items() if value is not None)
 
 

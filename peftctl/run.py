@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peftctl import checkpoint, lock, methods, objectives, optim, remembered, re
 from peftctl import model as models
 from peftctl.checkpoint import Progress, State
 from peftctl.data.batches import Batches
+from peftctl.distributed import World, joined, local_rank
 from peftctl.errors import Stopped, Unfoldable
 from peftctl.formats import peft
 from peftctl.loading import Training, load
@@ -35,11 +37,20 @@ from peftctl.trainer import train as loop
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any]:
-    """Train a recipe and answer what came out. Raises InputError before any time is spent, TrainingError, Stopped."""
+    """Train a recipe and answer what came out. Raises InputError before any time is spent, TrainingError, Stopped.
+
+    Of several processes the first answers; the others compute their part and write nothing.
+    """
+    with joined() as world:
+        return _lead(recipe, options, world) if world.leads else _follow(recipe, options, world)
+
+
+def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     begun = time.perf_counter()
     folder = RunFolder(Path(recipe.output), options)
     planned = plan(recipe, options._replace(now=folder.now()))
     if options.resume and folder.finished(planned):
+        world.gather(None)
         return folder.result()
     with lock.held(folder.path), signals.caught() as stop, display(planned.steps, options.quiet) as shown:
         shown.notice(f"training {planned.counts.trainable:,} parameters ({planned.counts.summary})")
@@ -49,18 +60,20 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
         random_base = planned.base.weights is None
         planned = _with_weights(planned, folder)
         training = load(planned, folder, state, options)
-        batches = _batches(planned, training.policy)
+        batches = _batches(planned, training.policy, world)
         kept = _kept(planned, training, batches, folder, shown.notice)
         folder.record(planned, training.policy.layout, _choices(training, kept), random_base)
         filled = [one for one in kept if one.fill(stop, shown.notice)]
         if len(filled) < len(kept):
             folder.record(planned, training.policy.layout, _choices(training, filled), random_base)
+        world.gather({"checkpoint": _origin(folder, state, options)})
         log = folder.path / "metrics.jsonl"
         truncate(log, training.progress.step)
         with Log(log) as lines, ExitStack() as serving:
             for one in filled:
                 serving.enter_context(one.served())
-            job = _job(planned, folder, training, batches, lines, shown, stop)
+            save = partial(_save, folder, training, lines, recipe.train.keep)
+            job = _job(planned, training, batches, stop, world, tee(lines, shown), save)
             progress, shares = _followed(folder, job, training.progress, options.profile, shown.notice)
         written = _write(planned, folder, training)
         proof = prove(training.policy, training.start, planned, written) if options.verify else None
@@ -68,6 +81,39 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
     events = {event["event"]: event for event in read(log)}  # the last of each kind
     result = _result(folder, written, progress, events, proof, merged, time.perf_counter() - begun)
     return folder.finish(result if shares is None else result | {"profile": shares})
+
+
+def _follow(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
+    """One of the other processes: what the leader has decided is read in its folder."""
+    told = world.gather(None)[0]
+    if told is None:
+        return {}
+    folder = RunFolder(Path(recipe.output), options._replace(resume=True, resume_from=None))
+    planned = _with_weights(plan(recipe, options._replace(now=folder.now())), folder)
+    if str(folder.choice("device")).startswith("cuda"):
+        settings = planned.recipe.train.model_copy(update={"device": f"cuda:{local_rank()}"})
+        planned = planned._replace(recipe=planned.recipe.model_copy(update={"train": settings}))
+    _same_threads(folder.choice("threads"), _ignore)
+    state = checkpoint.load(Path(told["checkpoint"])) if told["checkpoint"] else None
+    with signals.caught() as stop, ExitStack() as serving:
+        training = load(planned, folder, state, options)
+        batches = _batches(planned, training.policy, world)
+        for one in _kept(planned, training, batches, folder, _ignore):
+            if one.fill(stop, _ignore):
+                serving.enter_context(one.served())
+        loop(_job(planned, training, batches, stop, world, _ignore, _ignore), training.progress)
+    return {}
+
+
+def _ignore(told: object) -> None:
+    pass
+
+
+def _origin(folder: RunFolder, state: State | None, options: Options) -> str | None:
+    """The checkpoint that a run goes on from."""
+    if state is None:
+        return None
+    return options.resume_from or str(checkpoint.folder(folder.path, state.progress.step))
 
 
 def _same_threads(before: int | None, notice: Callable[[str], None]) -> None:
@@ -158,7 +204,7 @@ def _result(
     }
 
 
-def _batches(planned: Plan, policy: Policy) -> Batches:
+def _batches(planned: Plan, policy: Policy, world: World) -> Batches:
     settings, data = planned.recipe.train, planned.recipe.data
     return Batches(
         planned.data.train,
@@ -172,6 +218,7 @@ def _batches(planned: Plan, policy: Policy) -> Batches:
         trim=policy.layout.name == "shared",  # what can share starts is causal
         total=planned.examples,
         validation=planned.data.validation,
+        ranks=world.size,
     )
 
 
@@ -193,12 +240,12 @@ def _kept(
 
 def _job(
     planned: Plan,
-    folder: RunFolder,
     training: Training,
     batches: Batches,
-    log: Log,
-    shown: Sink,
     stop: Callable[[], int | None],
+    world: World,
+    emit: Sink,
+    save: Callable[[Progress], None],
 ) -> Job:
     recipe, settings = planned.recipe, planned.recipe.train
     objective = penalised(objectives.get(recipe.objective.name), training.attachment)
@@ -210,18 +257,20 @@ def _job(
         lr=settings.learning_rate,
         schedule=lambda step: optim.schedule(settings.schedule, step, planned.steps, planned.warmup_steps),
         steps=planned.steps,
-        emit=tee(log, shown),
-        save=lambda progress: _save(folder, training, progress, settings.keep, log),
+        emit=emit,
+        save=save,
         stop=stop,
         after_backward=training.attachment.after_backward,
         max_grad_norm=settings.max_grad_norm,
         max_seconds=None if settings.max_time is None else 60 * settings.max_time,
         eval_every=settings.eval_every,
         save_every=settings.save_every,
+        world=world,
+        begin=partial(world.seed, settings.seed),
     )
 
 
-def _save(folder: RunFolder, training: Training, progress: Progress, keep: int, log: Log) -> None:
+def _save(folder: RunFolder, training: Training, log: Log, keep: int, progress: Progress) -> None:
     tensors, facts = optim.state(training.optimizer, training.attachment.trainable())
     reference = training.reference.initial if training.reference is not None else None
     state = State(progress, training.attachment.tensors(), tensors, facts, checkpoint.random_state(), reference)

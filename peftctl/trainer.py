@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import takewhile
-from typing import Any, Protocol
+from itertools import chain, takewhile
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from peftctl import guards, optim
 from peftctl.batch import Batch
 from peftctl.checkpoint import Progress
+from peftctl.distributed import ALONE, World
 from peftctl.errors import DataError, Stopped, TrainingError
 from peftctl.objectives.base import Answers, Loss, Objective
 
@@ -77,6 +79,8 @@ class Job:
     max_seconds: float | None = None
     eval_every: int | None = None
     save_every: int | None = None
+    world: World = ALONE
+    begin: Callable[[int], None] = lambda step: None  # before each step
 
     def finished(self, progress: Progress) -> bool:
         return progress.step >= self.steps or (self.max_seconds is not None and progress.seconds >= self.max_seconds)
@@ -87,7 +91,7 @@ def train(job: Job, progress: Progress) -> Progress:
     origin = time.perf_counter() - progress.seconds
     if progress.step:
         _between(job, progress, saved=True)  # a checkpoint comes before its step's evaluation
-    elif (number := job.stop()) is not None:
+    elif (number := job.world.first(job.stop())) is not None:
         raise Stopped("stopped before the first step; --resume starts it", number)
     still = guards.Standstill(job.parameters)
     while not job.finished(progress):
@@ -95,10 +99,12 @@ def train(job: Job, progress: Progress) -> Progress:
         step = progress.step + 1
         batches, position = job.batches.step(progress.position)
         lr = optim.scale(job.optimizer, job.lr, job.schedule(step))
+        job.begin(step)
 
         with guards.memory(f"step {step}"):
             job.optimizer.zero_grad(set_to_none=True)
-            loss, metrics = _backward(job.question, batches, step, _device(job.parameters))
+            loss, metrics = _backward(job.question, batches, step, _device(job.parameters), job.world)
+            job.world.add_gradients(job.parameters)
             job.after_backward(step, job.steps)
             norm = _clip(job.parameters, job.max_grad_norm)
             _require_finite(job.emit, step, loss, norm, lr, batches)
@@ -106,7 +112,8 @@ def train(job: Job, progress: Progress) -> Progress:
 
         now = time.perf_counter()
         tokens = sum(batch.real_tokens for batch in batches)
-        progress = Progress(step, position, progress.tokens + tokens, now - origin)
+        passed: float = job.world.gather(now - origin)[0]  # one clock for all, as it may end the run
+        progress = Progress(step, position, progress.tokens + tokens, passed)
         event = {"event": "step", "step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
         event |= {"tokens_per_s": tokens / (now - begun), "seconds": now - begun}
         job.emit(event | metrics | event)  # a metric of one of these names does not replace it
@@ -123,7 +130,7 @@ def _between(job: Job, progress: Progress, saved: bool = False) -> None:
         saved = True
     if last or _due(progress.step, job.eval_every):
         _validate(job, progress.step)
-    number = job.stop()
+    number = job.world.first(job.stop())
     if number is not None:
         if not saved:
             job.save(progress)
@@ -137,7 +144,7 @@ def _due(step: int, every: int | None) -> bool:
 def _validate(job: Job, step: int) -> None:
     begun = time.perf_counter()
     with guards.memory(f"evaluation after step {step}"):
-        found = evaluate(job.question, job.batches.evaluation(), _device(job.parameters), job.stop)
+        found = evaluate(job.question, job.batches.evaluation(), _device(job.parameters), job.stop, job.world)
     if found is not None:
         named = {f"validation_{name}": value for name, value in found.items()}
         job.emit({"event": "evaluation", "step": step, **named, "seconds": time.perf_counter() - begun})
@@ -148,34 +155,33 @@ def evaluate(
     batches: Iterable[Batch],
     device: torch.device | str,
     stop: Callable[[], int | None] = lambda: None,
+    world: World = ALONE,
 ) -> dict[str, float] | None:
     """Loss and metrics over some batches, weighted as in training; None without batches, or when asked to stop.
 
     Dropout is off meanwhile. `tokens` counts the real tokens.
     """
-    losses, totals, tokens = [], [], 0
     if question.objective.shared is not None:
         batches = list(batches)  # to be asked about twice
         question = question.about(takewhile(lambda batch: stop() is None, batches), device)
+    losses, totals, tokens = dict[int, Loss](), [], 0
     with _evaluating(question.policy), torch.no_grad():
-        for batch in batches:
-            if stop() is not None:
-                return None
-            weights = question.weights(batch)
+        for place, batch in enumerate(takewhile(lambda batch: stop() is None, batches)):
+            totals.append(question.weights(batch))
             tokens += batch.real_tokens
-            if any(weights):
-                losses.append(question.loss(batch.to(device)))
-                totals.append(weights)
-    if not tokens:
+            if world.owns(place) and any(totals[-1]):
+                losses[place] = question.loss(batch.to(device))
+    if world.first(stop()) is not None or not tokens:
         return None
-    if not losses:
+    told = _told(losses, world)
+    if not told:
         raise DataError("no token of the validation rows is a label, so they have no loss; see data.validation")
-    own = {"loss": _total(losses, _sums(totals)), "tokens": tokens}
-    return own | _average(losses) | own
+    own = {"loss": _total(told, _sums(totals)), "tokens": tokens}
+    return own | _average(told) | own
 
 
 def _backward(
-    question: Question, batches: Sequence[Batch], step: int, device: torch.device
+    question: Question, batches: Sequence[Batch], step: int, device: torch.device, world: World
 ) -> tuple[float, dict[str, float]]:
     """Gradients of one optimizer step, each term divided once by its weight over all micro-batches."""
     weights = [question.weights(batch) for batch in batches]
@@ -183,15 +189,36 @@ def _backward(
     if not any(totals):
         raise DataError(f"step {step}: none of its examples ({_examples(batches)}) has a label to learn from")
     question = question.about(batches, device)
-    losses = []
-    for batch, own in zip(batches, weights, strict=True):
-        if not any(own):
-            continue  # nothing to learn here, and perhaps nothing to compute
+    losses: dict[int, Loss] = {}
+    for place, batch in enumerate(batches):
+        if not world.owns(place) or not any(weights[place]):
+            continue  # another's, or nothing to learn here, and perhaps nothing to compute
         loss = question.loss(batch.to(device))
         shares = [t.coefficient * t.sum / total for t, total in zip(loss.terms, totals, strict=True) if total]
         torch.stack(shares).sum().backward()  # type: ignore[no-untyped-call]
-        losses.append(_detached(loss))
-    return _total(losses, totals), _average(losses)  # read at the end, for to read a number makes a GPU wait
+        losses[place] = _detached(loss)
+    told = _told(losses, world)  # at the end, for to read a number makes a GPU wait
+    return _total(told, totals), _average(told)
+
+
+class Told(NamedTuple):
+    """What a micro-batch's loss came to: each term's coefficient and sum, each metric's sum and count."""
+
+    terms: list[tuple[float, float]]
+    metrics: dict[str, tuple[float, float]]
+
+
+def _told(losses: Mapping[int, Loss], world: World) -> list[Told]:
+    """The losses of all processes, in the order of the micro-batches."""
+    own = [
+        (
+            place,
+            [(term.coefficient, float(term.sum)) for term in loss.terms],
+            {name: (float(s), float(n)) for name, (s, n) in loss.metrics.items()},
+        )
+        for place, loss in losses.items()
+    ]
+    return [Told(*rest) for _, *rest in sorted(chain.from_iterable(world.gather(own)), key=itemgetter(0))]
 
 
 def _sums(weights: Sequence[tuple[float, ...]]) -> list[float]:
@@ -204,23 +231,23 @@ def _detached(loss: Loss) -> Loss:
     return Loss(terms, {name: (s.detach(), n.detach()) for name, (s, n) in loss.metrics.items()})
 
 
-def _total(losses: Sequence[Loss], totals: Sequence[float]) -> float:
+def _total(told: Sequence[Told], totals: Sequence[float]) -> float:
     """The loss over micro-batches: each term's sum by its total weight; a term that weighs nothing is left out."""
     value = 0.0
-    for terms, total in zip(zip(*(loss.terms for loss in losses), strict=True), totals, strict=True):
-        value += terms[0].coefficient * sum(float(term.sum) for term in terms) / total if total else 0.0
+    for terms, total in zip(zip(*(one.terms for one in told), strict=True), totals, strict=True):
+        value += terms[0][0] * sum(own for _, own in terms) / total if total else 0.0
     return value
 
 
-def _average(losses: Sequence[Loss]) -> dict[str, float]:
+def _average(told: Sequence[Told]) -> dict[str, float]:
     """Metrics over micro-batches, by (sum, count); one that counted nothing is left out."""
-    names = dict.fromkeys(name for loss in losses for name in loss.metrics)
+    names = dict.fromkeys(name for one in told for name in one.metrics)
     found = {}
     for name in names:
-        pairs = [loss.metrics[name] for loss in losses if name in loss.metrics]
-        count = sum(float(n) for _, n in pairs)
+        pairs = [one.metrics[name] for one in told if name in one.metrics]
+        count = sum(n for _, n in pairs)
         if count:
-            found[name] = sum(float(s) for s, _ in pairs) / count
+            found[name] = sum(s for s, _ in pairs) / count
     return found
 
 

@@ -28,6 +28,8 @@ LAYERS = [
         "generation",
         "joined",
         "merge",
+        "distributed",
+        "launch",
         "opened",
         "optim",
         "report",

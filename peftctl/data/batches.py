@@ -21,7 +21,8 @@ class Batches:
 
     `bucket`: steps whose examples are sorted together. `total`: examples after which the run ends; None for no end.
     `share`: whether what rows share at their start is computed once. `padded`: whether rows are laid out as rectangles.
-    `trim`: whether a row ends with its last source, which is for causal attention.
+    `trim`: whether a row ends with its last source, which is for causal attention. `ranks`: processes that share a
+    step, which is cut into a micro-batch for each where it would have fewer.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Batches:
         trim: bool = False,
         total: int | None = None,
         validation: Dataset | None = None,
+        ranks: int = 1,
     ) -> None:
         self.train = train
         self.validation = validation
@@ -51,6 +53,7 @@ class Batches:
         self.padded = padded
         self.trim = trim
         self.total = total
+        self.ranks = ranks
 
     def step(self, position: int) -> tuple[list[Batch], int]:
         """The micro-batches of the step at `position`, and the position after it. The last step may be smaller, and
@@ -62,9 +65,11 @@ class Batches:
         return [build(self.train.rows(part), share=share, trim=self.trim) for part in parts], position + count
 
     def _parts(self, sizes: list[int]) -> packing.Parts:
-        if self.tokens is not None:
-            return packing.within(sizes, self.tokens, self.padded)
-        return packing.even(sizes, self.batch_size, self.padded)
+        most = max(1, min(self.batch_size, -(-len(sizes) // self.ranks)))
+        if self.tokens is None:
+            return packing.even(sizes, most, self.padded)
+        parts = packing.within(sizes, self.tokens, self.padded)
+        return parts if len(parts) >= self.ranks else packing.even(sizes, most, self.padded)
 
     def passes(self, steps: int) -> float:
         """How often the first steps see each example, on average."""

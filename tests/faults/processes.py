@@ -28,13 +28,13 @@ class Watched(NamedTuple):
 
 def in_child(work: Callable[[], Any]) -> int:
     """The exit code of a forked process that does `work`: negative for the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(_begun(work), 0)[1])
+    return ended(begun(work))
 
 
 def watched(work: Callable[[Callable[[str], None]], Any], kill: Kill | None = None) -> Watched:
     """Fork a process that does `work`, which is given what tells a line, and send it a signal."""
     ours, theirs = os.pipe()
-    child = _begun(lambda: work(lambda line: os.write(theirs, f"{line}\n".encode())))
+    child = begun(lambda: work(lambda line: os.write(theirs, f"{line}\n".encode())))
     os.close(theirs)
     said, last = b"", time.monotonic() + LONGEST
     due = time.monotonic() + kill.seconds if kill and not kill.line else None
@@ -51,10 +51,16 @@ def watched(work: Callable[[Callable[[str], None]], Any], kill: Kill | None = No
             os.kill(child, kill.number if kill and due else signal.SIGKILL)
             kill = due = None
     os.close(ours)
-    return Watched(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.decode().splitlines())
+    return Watched(ended(child), said.decode().splitlines())
 
 
-def _begun(work: Callable[[], Any]) -> int:
+def ended(child: int) -> int:
+    """The exit code of a forked process, once it has ended: negative for the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def begun(work: Callable[[], Any]) -> int:
+    """Fork a process that does `work`; its number."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     child = os.fork()
