@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftctl import __version__
+from peftctl import __version__, signals
 from peftctl.errors import PeftctlError
 
 app = typer.Typer(
@@ -237,7 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
     # --quiet and --debug count before and after the command alike
     anywhere = [word for word in words if word in ("--quiet", "--debug")]
     try:
-        app(args=anywhere + [word for word in words if word not in anywhere], prog_name="peftctl")
+        with signals.terminable():
+            app(args=anywhere + [word for word in words if word not in anywhere], prog_name="peftctl")
     except PeftctlError as error:
         if debug:
             raise

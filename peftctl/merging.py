@@ -13,6 +13,7 @@ from torch import Tensor
 from peftctl import base as bases
 from peftctl import merge as streaming
 from peftctl import model as models
+from peftctl import storage
 from peftctl.adapter import attach
 from peftctl.adapter import deltas as unhung
 from peftctl.data.chat import Chat
@@ -116,7 +117,10 @@ def _difference(several: Sequence[Found], output: Path, trust_remote_code: bool)
     error = _logits([merged], dtype, trust_remote_code) - expected
     difference, largest = float(error.abs().max()), float(expected.abs().max())
     if not float(error.norm()) <= BROKEN * float(expected.norm()):
-        raise PeftctlError(f"{output} does not answer as base and adapter do: its logits differ by {difference:.2g}")
+        storage.remove(output)  # nobody should serve it
+        raise PeftctlError(
+            f"{output} does not answer as base and adapter do: its logits differ by {difference:.2g}; it was removed"
+        )
     return difference, largest
 
 

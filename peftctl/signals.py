@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a question the loop asks when it suits it; a second SIGINT leaves at once."""
+"""SIGTERM and SIGINT: a question the loop asks when it suits it, elsewhere an end that cleans up behind itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOTICE = b"\nfinishing the step and saving; a second Ctrl-C leaves at once\n"
 
 @contextmanager
 def caught() -> Iterator[Stop]:
-    """For the length of a `with`, signals are remembered instead of ending the process."""
+    """For the length of a `with`, signals are remembered instead of ending the process; a second SIGINT ends it."""
     asked: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -38,3 +38,22 @@ def caught() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """For the length of a `with`, SIGTERM raises SystemExit as SIGINT does KeyboardInterrupt; a second one kills."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield  # somebody else has plans for it
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -13,19 +13,12 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peftctl import methods, recipe, report, run, signals, trainer
+from peftctl import methods, objectives, recipe, report, run, signals, trainer
 from peftctl.plan import Options
 from peftctl.schema import Recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-DATA = {
-    "sft": "messages.jsonl",
-    "dpo": "preference.jsonl",
-    "ipo": "preference.jsonl",
-    "orpo": "preference.jsonl",
-    "kto": "unpaired.jsonl",
-    "reward": "preference.jsonl",
-}
+DATA = {"messages": "messages.jsonl", "preference": "preference.jsonl", "unpaired": "unpaired.jsonl"}
 # what a method needs on a base without biases
 BLOCKS: dict[str, dict[str, Any]] = {
     "bitfit": {"add_missing": True},
@@ -47,10 +40,15 @@ def document(method: str = "lora", objective: str = "sft", /, **blocks: dict[str
         "model": {"name": str(CONFIGS / "models" / "tiny-llama.json"), "tokenizer": str(CONFIGS / "tokenizer")},
         "method": {"name": method, **BLOCKS.get(method, {})},
         "objective": {"name": objective},
-        "data": {"train": str(CONFIGS / "data" / DATA[objective]), "validation": 2 / 9, "limit": 9},
+        "data": {"train": str(data(objective)), "validation": 2 / 9, "limit": 9},
         "train": {"max_steps": 4, "batch_size": 2, "gradient_accumulation": 2, "learning_rate": 0.01, "eval_every": 2},
     }
     return {key: plain.get(key, {}) | blocks.get(key, {}) for key in plain}
+
+
+def data(objective: str) -> Path:
+    """Rows of a kind that an objective can learn from."""
+    return CONFIGS / "data" / next(file for kind, file in DATA.items() if kind in objectives.get(objective).kinds)
 
 
 def written(output: Path, contents: dict[str, Any]) -> Path:

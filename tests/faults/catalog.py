@@ -32,7 +32,7 @@ FAULTS = (
     Fault(17, "temporary folder full", "saving needs none"),
     Fault(18, "output read-only, a file, without parent", "refused before the model is loaded"),
     Fault(19, "fsync or rename fails", "a failed save, never reported as saved"),
-    Fault(20, "merge interrupted", "no output at all", "one bad shard among several"),
+    Fault(20, "merge interrupted", "no output at all; nothing that loads"),
     Fault(21, "tensors cut off at any boundary", "refused with file and sizes; the checkpoint before is taken"),
     Fault(22, "hostile safetensors headers", "refused at once, nothing large allocated"),
     Fault(23, "one bit flipped", "sha256 mismatch"),
