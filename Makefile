@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak demo demo-data bench-speed conformance wheel clean
+.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz demo demo-data bench-speed conformance wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -57,6 +57,9 @@ faults: venv ## Cause every fault there is a test for, and print what was seen
 
 soak: venv ## Kill runs at random and compare what comes of them; ARGS="--trials 50" adds as many to the log
 	$(SINGLE) $(OFFLINE) $(BIN)/python -m tests.faults.soak $(ARGS)
+
+fuzz: venv ## Feed the readers of files what strangers may write; ARGS="--minutes 5"
+	$(SINGLE) $(OFFLINE) $(BIN)/python -m tests.faults.fuzz $(ARGS)
 
 demo-data: venv ## Fetch the demo's base model and dialogues into .cache
 	$(BIN)/python tests/demo/fetch.py

@@ -21,8 +21,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 LONGEST = 1_000_000  # characters of one rendered dialogue, and of any text or list on the way to it
-WORK = 5_000_000  # turns of loops, calls, items looked at; 16 characters count as one
-SECONDS = 10.0  # of the processor, for what the budget does not see
+WORK = 1_000_000  # turns of loops, calls, items looked at; 16 characters count as one
+SECONDS = 1.5  # of the processor, for what the budget does not see
 BITS = 100_000  # of a whole number
 WIDE = re.compile(r"[0-9]{6,}|:[^{}]*\{|%[^a-zA-Z%]*\*")  # in a format: wide fields, or widths that come from outside
 PASSED_BY = {  # filters that look at their items one by one, or not at all, and print none

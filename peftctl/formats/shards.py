@@ -77,7 +77,7 @@ def read(path: Path) -> Shard:
         document = json.loads(raw, object_pairs_hook=_distinct)
         metadata = document.pop("__metadata__", None) or {}
         entries = sorted((_entry(name, e) for name, e in document.items()), key=lambda e: (e.start, e.end))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise FormatError(f"{path}: its header is not that of a safetensors file") from None
     _filled(path, entries, size - 8 - length)
     return Shard(path, tuple(entries), metadata, 8 + length)
