@@ -36,6 +36,7 @@ class RunFolder:
     def __init__(self, path: Path, options: Options) -> None:
         self.path = path
         self.document: dict[str, Any] = _read(path / "run.json")
+        self.trusted = options.trust_remote_code
         self.goes_on = options.resume or options.resume_from is not None
         self.origin = self.document if self.goes_on else {}
         if options.resume_from is not None:
@@ -137,6 +138,7 @@ class RunFolder:
             "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
             "base": {"name": base.name, "revision": base.revision, "fingerprint": bases.fingerprint(base)},
             "random_base": random_base,
+            "trust_remote_code": self.trusted,
             "data": _data(planned),
             "counts": planned.counts.document(by_module=False),
             "choices": {"layout": layout._asdict(), **choices, "now": _now(planned)},

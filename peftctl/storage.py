@@ -106,6 +106,8 @@ def verify(folder: Path) -> Manifest:
 
 def remove(folder: Path) -> None:
     """Remove a folder, if it is there, so that no half of it is ever seen under its name. Raises SaveError."""
+    if folder.is_symlink():
+        folder.unlink()  # what it leads to is not ours
     if not folder.exists():
         return
     doomed = folder.with_name(f"{TEMPORARY}gone-{folder.name}")

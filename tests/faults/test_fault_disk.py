@@ -6,9 +6,10 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,72 @@ def test_no_temporary_folder_is_needed(whole: Path, tmp_path: Path, monkeypatch:
         monkeypatch.setattr(tempfile, name, full)
     runs.train(tmp_path / "run", EVERY_STEP, verify=True)
     assert_equal(whole, tmp_path / "run")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a disk of a size, or gives a mounted one another, where this user may."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mounted(size: str) -> Path:
+        options = f"remount,size={size}" if os.path.ismount(place) else f"size={size}"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("this user may not mount a disk")
+        return place
+
+    yield mounted
+    subprocess.run(["umount", place], capture_output=True, check=False)
+
+
+@pytest.mark.fault(16)
+@pytest.mark.skipif(not shutil.which("mount"), reason="there is no mount command")
+def test_a_disk_that_fills_up_keeps_what_was_saved_and_the_run_goes_on_with_more(
+    small: Callable[[str], Path], trained: Path, tmp_path: Path, seen: Seen
+) -> None:
+    stored = runs.document(model={"name": str(trained / "base")}, train={"save_every": 1, "keep": 9})
+    runs.train(tmp_path / "whole", stored)
+    output = small("150k") / "run"
+    # the fault hits in the middle of the disk's last file
+    with pytest.raises(
+        SaveError, match=r"step-00000\d: .*No space left on device.*; [\d,]+ bytes needed, [\d,]+ free at"
+    ) as e:
+        runs.train(output, stored)
+    assert not [path for path in output.rglob("*") if path.name.startswith(".tmp-")]
+    held = [checkpoint.verify(path) for path in (output / "checkpoints").iterdir()]
+    assert 0 < len(held) < 4 and runs.done(output) > 0
+    small("20m")
+    runs.train(output, stored, resume=True)
+    assert_equal(tmp_path / "whole", output)
+    seen(e)
+
+
+@pytest.mark.fault(17)
+@pytest.mark.skipif(not shutil.which("mount"), reason="there is no mount command")
+def test_a_full_temporary_disk_is_none_of_a_runs_business(
+    small: Callable[[str], Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = small("64k")
+    with (disk / "full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(4096))
+    monkeypatch.setenv("TMPDIR", str(disk))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    runs.train(tmp_path / "run", EVERY_STEP, verify=True)
+    assert_equal(whole, tmp_path / "run")
+
+
+@pytest.mark.fault(32)
+def test_a_checkpoint_that_leads_elsewhere_is_not_followed_when_it_goes(trained: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(trained, tmp_path / "run"))
+    first, elsewhere = output / "checkpoints" / "step-000001", tmp_path / "elsewhere"
+    first.rename(elsewhere)
+    first.symlink_to(elsewhere)
+    before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
+    checkpoint.rotate(output, keep=1)
+    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == before
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-000004"]
 
 
 def _a_file(folder: Path) -> Path:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from peftctl import run
+from peftctl import recipe, run
+from peftctl.data import cache
+from peftctl.errors import RecipeError
 from peftctl.plan import Options
 from tests import runs
 from tests.faults.conftest import Answer, Seen
 
 Call = Callable[..., Answer]
-PICKLES = ("rng_state.pth", "training_args.bin", "optimizer.pt", "adapter_model.bin", "pytorch_model.bin", "scaler.pt")
+PICKLES = (  # what peers keep as pickles beside a model, an adapter or a checkpoint
+    *("rng_state.pth", "training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", ".metadata"),
+    *("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin", "pytorch_adapter.bin", "pytorch_model_head.bin"),
+    *("value_head.bin", "embeddings.pt", "consolidated.00.pth", "model.ckpt", "tokenizer.pkl", "random_states_0.pkl"),
+)
 EVERY_STEP = runs.document(train={"save_every": 1, "keep": 9})
 
 
@@ -52,6 +60,26 @@ def test_pickles_are_never_opened(trained: Path, tmp_path: Path, call: Call, see
     pickle.loads((output / PICKLES[0]).read_bytes())
     assert canary.exists(), "it would have been seen"
     seen(refused.err.strip().removeprefix("peftctl: error: "))
+
+
+@pytest.mark.fault(27, 39)
+def test_what_is_kept_between_runs_is_no_pickle_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Seen
+) -> None:
+    """Every file of the caches, replaced by one that would run code, is made anew."""
+    folder, canary = tmp_path / "cache", tmp_path / "canary"
+    monkeypatch.setenv("PEFTCTL_CACHE", str(folder))
+    monkeypatch.setattr(cache, "SMALL", 0)  # tokens are kept of large files alone
+    contents = runs.document("lora", "dpo")
+    runs.train(tmp_path / "one", contents)
+    kinds = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
+    assert {"tokens", "references", "skeletons"} <= kinds
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        path.write_bytes(pickle.dumps(Canary(canary)).ljust(path.stat().st_size, b"."))
+    runs.train(tmp_path / "two", contents)
+    assert not canary.exists() and runs.untimed(tmp_path / "one") == runs.untimed(tmp_path / "two")
+    seen(f"{len(files)} files of {', '.join(sorted(kinds))} made anew")
 
 
 CODE = "import os\nos.mkdir({canary!r})\n"
@@ -106,6 +134,46 @@ def test_no_recipe_can_trust_code(tmp_path: Path, call: Call) -> None:
     assert answer.code == 2 and "model.trust_remote_code is not a key" in answer.err
 
 
+@pytest.mark.fault(28)
+@pytest.mark.parametrize("trusted", [False, True])
+def test_whether_code_was_trusted_is_written_down(trusted: bool, tmp_path: Path) -> None:
+    runs.train(tmp_path / "run", runs.document(train={"max_steps": 1}), trust_remote_code=trusted)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["trust_remote_code"] is trusted
+
+
+BOMBS = {
+    "aliases": "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(
+        f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+    ),
+    "itself": "a: &a {b: *a}\n",
+    "merges": "a: &a {x: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [*a, *a]}}\n" for n in range(2000)),
+    "depth": "a: " + "[" * 100_000,
+    "mappings": "{a: " * 100_000,
+    "indents": "".join(" " * n + "a:\n" for n in range(1000)),
+    "100 MB": "# a comment\n" * 9_000_000,
+    "one line": "a: " + "x" * 100_000_000,
+    "code": "a: !!python/object/apply:os.system [touch /tmp/peftctl-canary]\n",
+}
+
+
+@pytest.mark.fault(29, 30)
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_yaml_bomb_is_refused_at_once_and_in_little_memory(kind: str, tmp_path: Path, seen: Seen) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(BOMBS[kind])
+    before, took = resource.getrusage(resource.RUSAGE_SELF), list[float]()
+    for _ in range(3):  # the collector may come by once
+        begun = time.process_time()
+        with pytest.raises(RecipeError) as caught:
+            recipe.load(path)
+        took.append(time.process_time() - begun)
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before.ru_maxrss) * 1024
+    assert min(took) < 0.1 and more < 50 << 20, (took, more)
+    assert len(str(caught.value)) < 2000
+    seen(f"{str(caught.value).splitlines()[0].rpartition('/')[2]}: {1000 * min(took):.0f} ms")
+
+
 @pytest.mark.fault(32)
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\0b", "..", "model.layers.0/../../x"])
 def test_a_tensor_with_the_name_of_a_path_is_a_tensor_too_many(
@@ -129,8 +197,8 @@ def test_an_output_is_a_path_and_nothing_else(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Seen
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = runs.loaded(tmp_path / "other", runs.document(train={"max_steps": 1}))
-    run.train(recipe.model_copy(update={"output": name}), Options(quiet=True))
+    loaded = runs.loaded(tmp_path / "other", runs.document(train={"max_steps": 1}))
+    run.train(loaded.model_copy(update={"output": name}), Options(quiet=True))
     assert {p.name for p in tmp_path.iterdir()} == {name, "other.yaml"}
     assert (tmp_path / name / "adapter" / "adapter_model.safetensors").is_file()
     seen("a folder of that very name")
@@ -145,9 +213,9 @@ def test_a_run_on_local_files_reaches_for_nothing_and_tells_no_token(
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, "hf_canary")
     output = tmp_path / "run"
-    recipe = runs.written(output, runs.document(model={"name": str(trained / "base")}))
+    path = runs.written(output, runs.document(model={"name": str(trained / "base")}))
     answers = [
-        call("train", recipe, "--json"),
+        call("train", path, "--json"),
         call("generate", output, "--prompt", "x", "--max-new-tokens", 1),
         call("eval", output, "--data", runs.CONFIGS / "data" / "messages.jsonl"),
         call("merge", output, "--output", tmp_path / "merged"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from peftctl import cli, merge, remembered, signals, storage, trainer
-from peftctl.data import dataset
+from peftctl.data import encoding
 from tests import runs
 from tests.faults.conftest import Seen
 from tests.faults.processes import in_child
@@ -23,7 +23,7 @@ BOTH = (signal.SIGTERM, signal.SIGINT)
 # dpo: it has a reference, whose pass over the rows is a phase of its own
 CONTENTS = runs.document("lora", "dpo", train={"save_every": 1, "keep": 9})
 PHASES: dict[str, tuple[Any, str, int]] = {  # what is called in the phase, and at which call the signal comes
-    "tokenisation": (dataset, "_encode", 3),
+    "tokenisation": (encoding, "encoded", 3),
     "reference pass": (remembered.Remembered, "computed", 1),
     "step": (trainer.Question, "loss", 3),
     "save": (storage, "_write", 9),
