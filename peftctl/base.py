@@ -33,6 +33,20 @@ class Base(NamedTuple):
     tokenizer: Path | None  # the folder that holds tokenizer.json
     task: Task | None = None  # what it is asked for; None for tokens
 
+    @property
+    def two_sided(self) -> bool:
+        """Whether it is an encoder-decoder."""
+        return bool(self.settings().get("is_encoder_decoder"))
+
+    def start(self) -> int | None:
+        """The token that its decoder begins with; None for a decoder alone. Raises ModelError where none is named."""
+        if not self.two_sided:
+            return None
+        found = self.settings().get("decoder_start_token_id")
+        if not isinstance(found, int):
+            raise ModelError(f"{self.config} names no decoder_start_token_id, which an encoder-decoder needs; add it")
+        return found
+
     def settings(self) -> dict[str, Any]:
         """The parsed config.json."""
         settings: dict[str, Any] = json.loads(self.config.read_text("utf-8"))
@@ -185,8 +199,6 @@ def _judge(base: Base, trust_remote_code: bool) -> None:
     for key, sense in OTHER_SENSES.items():
         if key in settings:
             raise ModelError(f"{base.name} is {sense} model ({settings['model_type']}): only text models are served")
-    if settings.get("is_encoder_decoder"):  # transformers would build the decoder of some, alone
-        raise ModelError(f"{base.name} is an encoder-decoder ({settings['model_type']}): only decoders are served")
 
 
 def _brings_code(settings: Any) -> bool:
@@ -215,9 +227,12 @@ def shrink(base: Base, vocabulary: int) -> Base:
 
 SMALL_VALUES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("num_decoder_layers", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 256),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner"), 512),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4),
+    **dict.fromkeys(("d_ff", "encoder_ffn_dim", "decoder_ffn_dim"), 512),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("num_local_experts", "num_experts"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 4096),
@@ -232,5 +247,7 @@ def _shrunk(settings: dict[str, Any], vocabulary: int) -> dict[str, Any]:
         if isinstance(small.get(key), list):
             small[key] = list(small[key] or [])[:2]
     tokens = {"vocab_size": vocabulary, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    drop = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    if settings.get("is_encoder_decoder"):
+        tokens |= {"decoder_start_token_id": 0}
+    drop = ("quantization_config", "_name_or_path", "_model_name_or_path", "forced_bos_token_id", "forced_eos_token_id")
     return {key: value for key, value in (small | tokens | {"dtype": "float32"}).items() if key not in drop}

@@ -113,12 +113,12 @@ def count_params(
 def _counted_base(wanted: Recipe, trust_remote_code: bool) -> Base:
     """The base that training the recipe would load, as far as counting needs it."""
     from peftctl import base as bases
-    from peftctl.plan import base_and_chat
+    from peftctl.plan import base_and_chat, suited
 
     if wanted.model.shrink:
         return base_and_chat(wanted)[0]
     name, revision = wanted.model.name, wanted.model.revision
-    return bases.resolve(name, revision, need="config", trust_remote_code=trust_remote_code)
+    return suited(bases.resolve(name, revision, need="config", trust_remote_code=trust_remote_code), wanted)
 
 
 def merge(

@@ -19,7 +19,8 @@ from peftctl.kernels.matrix import matrix, packable
 from peftctl.kernels.mlp import gated, slope_of
 from peftctl.kernels.norm import rms_norm
 from peftctl.methods.attachment import Attachment, Delta
-from peftctl.surgery import device_of, kind_of
+from peftctl.seq2seq import call
+from peftctl.surgery import device_of, head_path, kind_of
 
 
 class Siblings:
@@ -193,9 +194,9 @@ def _sharing_input(model: Any, attachment: Attachment) -> list[list[tuple[str, n
     """The frozen linears of the trunk that a pass calls once, those that receive the same tensor together."""
     seen: list[tuple[str, nn.Module, Tensor]] = []
     handles = []
-    trunk, replaced = model.base_model, _replaced(model, attachment)
+    trunk, replaced, head = model.base_model, _replaced(model, attachment), head_path(model)
     for path, module in model.named_modules():
-        if module not in replaced and _plain_linear(module):
+        if module not in replaced and path != head and _plain_linear(module):
             handles.append(
                 module.register_forward_pre_hook(
                     lambda m, args, kwargs, path=path: seen.append((path, m, args[0] if args else kwargs["input"])),
@@ -206,7 +207,7 @@ def _sharing_input(model: Any, attachment: Attachment) -> list[list[tuple[str, n
     model.eval()
     try:
         with attachment.disabled():
-            trunk(input_ids=torch.arange(1, 6, device=device_of(model))[None])
+            trunk(**call(model, torch.arange(1, 6, device=device_of(model))[None]))
     finally:
         model.train(training)
         for handle in handles:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
 
 from peftctl.batch import build
 from peftctl.errors import ModelError
 from peftctl.methods.attachment import Virtual
 from peftctl.policy import Policy, cache_of
 from peftctl.row import Row
+from peftctl.seq2seq import start_of, two_sided
 from peftctl.surgery import device_of
 
 
@@ -37,7 +39,13 @@ def generate(
     policy.eval()
     torch.manual_seed(seed)
     prompt, extra = _prompt(policy, ids)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
+    begun = prompt.shape[1]
+    if two_sided(policy.model):
+        begun = 1  # the answer stands behind the decoder's first token
+        # a cache that grows: one that transformers makes itself has as many layers as T5's encoder
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        extra |= {"decoder_start_token_id": start_of(policy.model), _cache_name(policy): cache}
     if temperature > 0:
         sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
     output = policy.model.generate(  # type: ignore[operator]
@@ -50,7 +58,7 @@ def generate(
         **sampling,
         **extra,
     )
-    new: list[int] = output[0, prompt.shape[1] :].tolist()
+    new: list[int] = output[0, begun:].tolist()
     return new
 
 
@@ -59,8 +67,11 @@ def generate_plainly(policy: Policy, ids: Sequence[int], max_new_tokens: int, en
     """Greedy decoding that computes the whole row again for each token: the twin that `generate` is tested against."""
     policy.eval()
     new: list[int] = []
+    before, source = tuple(ids), 0
+    if two_sided(policy.model):
+        before, source = (*ids, start_of(policy.model)), len(ids)
     while len(new) < max_new_tokens and not (new and new[-1] in end):
-        row = Row((*ids, *new), (0.0,) * (len(ids) + len(new)))
+        row = Row((*before, *new), (0.0,) * (len(before) + len(new)), source=source)
         hidden = policy.row_hidden(build([row]).to(device_of(policy.model)))[0]
         new.append(int(policy.head(hidden[-1:]).argmax()))  # type: ignore[misc]
     return new

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftctl.errors import ModelError
 from peftctl.kernels.matrix import matrix
 from peftctl.kernels.token_stats import FrozenHead
+from peftctl.seq2seq import answered, call, two_sided
 from peftctl.surgery import device_of, head_path
 
 Finish = Callable[[Tensor], Tensor]
@@ -57,6 +58,17 @@ def _finishes(config: Any) -> list[Finish | None]:
     return finishes
 
 
+def _two_sided(model: Any) -> list[Finish | None]:
+    """What encoder-decoders do: T5 with tied embeddings scales by the root of the width, BART adds a vector."""
+    finishes: list[Finish | None] = []
+    bias, width = getattr(model, "final_logits_bias", None), getattr(model.config, "d_model", None)
+    if two_sided(model) and width:
+        finishes.append(lambda logits: logits * width**-0.5)
+    if two_sided(model) and bias is not None:
+        finishes.append(lambda logits: logits + bias[0])
+    return finishes
+
+
 @torch.no_grad()
 def head_of(model: Any) -> Head | None:
     """The head of a model, None for one without. Raises ModelError when no known finish gives the model's logits."""
@@ -65,9 +77,10 @@ def head_of(model: Any) -> Head | None:
         return None
     ids = torch.arange(1, 6, device=device_of(model))[None]
     config = model.config.get_text_config()
-    expected = model(input_ids=ids).logits[0].float()
-    hidden = model.base_model(input_ids=ids)[0][0]
-    heads = [Head(model.get_submodule(path), finish, path) for finish in _finishes(config)]
+    logits, states = answered(model, call(model, ids))
+    expected, hidden = logits[0].float(), states[0]
+    finishes = [*_finishes(config), *_two_sided(model)]
+    heads = [Head(model.get_submodule(path), finish, path) for finish in finishes]
     if hidden.shape[-1] == heads[0].module.weight.shape[1]:  # type: ignore[index]
         # the nearest, not the first that is near: small logits hardly feel a soft cap
         errors = [float((head(hidden).float() - expected).abs().max()) for head in heads]

@@ -14,6 +14,7 @@ from peftctl.kernels import attention
 from peftctl.methods.attachment import Attachment
 from peftctl.policy import Layout, Policy, last_hidden
 from peftctl.row import Row
+from peftctl.seq2seq import answered, two_sided
 from peftctl.surgery import device_of
 
 NAMES = ("shared", "joined", "padded")
@@ -59,7 +60,7 @@ def _rows(model: Any) -> tuple[list[Row], list[Row]]:
     start, one, two, three, other = ids(6), ids(7), ids(7), ids(9), ids(9)
 
     def row(tokens: tuple[int, ...]) -> Row:
-        return Row(tokens, (1.0,) * len(tokens))
+        return Row(tokens, (1.0,) * len(tokens), source=len(tokens) // 2 if two_sided(model) else 0)
 
     shared = [row(start + one), row(start + two)]
     return [*shared, row(three)], [*shared, row(other)]
@@ -67,11 +68,20 @@ def _rows(model: Any) -> tuple[list[Row], list[Row]]:
 
 def _alone(model: Any, rows: list[Row]) -> list[Tensor]:
     """The hidden states of each row as the model itself gives them; rows of one length stand in one plain rectangle."""
+    if two_sided(model):
+        return [_answer(model, row) for row in rows]
     found: list[Tensor] = []
     for _, alike in groupby(rows, key=lambda row: len(row.ids)):
         ids = torch.tensor([row.ids for row in alike], device=device_of(model))
         found += last_hidden(model.base_model(input_ids=ids))
     return found
+
+
+def _answer(model: Any, row: Row) -> Tensor:
+    """What an encoder-decoder's decoder answers about one row."""
+    ids = torch.tensor([row.ids], device=device_of(model))
+    inputs = {"input_ids": ids[:, : row.source], "decoder_input_ids": ids[:, row.source :]}
+    return answered(model, inputs)[1][0]
 
 
 def _first_positions(model: Any) -> list[int]:

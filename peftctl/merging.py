@@ -23,6 +23,7 @@ from peftctl.methods.attachment import Attachment
 from peftctl.opened import Found, find
 from peftctl.opened import open as load
 from peftctl.run_folder import peak_memory_bytes
+from peftctl.seq2seq import call
 from peftctl.surgery import device_of
 
 SMALL = 2_000_000_000  # parameters up to which the proof computes in fp32
@@ -137,5 +138,5 @@ def _logits(several: Sequence[Found], dtype: str, trust_remote_code: bool) -> Te
     ids = torch.randint(0, high, (2, 24), generator=generator)
     ids = ids.to(device_of(policy.model))
     # one by one: a head that reads the last token asks what padding is where there are several
-    logits: list[Tensor] = [policy.model(input_ids=row[None]).logits.float() for row in ids]
+    logits: list[Tensor] = [policy.model(**call(policy.model, row[None])).logits.float() for row in ids]
     return torch.cat(logits)

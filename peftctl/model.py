@@ -131,7 +131,15 @@ def _config(base: Base, trust_remote_code: bool) -> Any:
 def _auto(base: Base) -> Any:
     import transformers
 
-    return getattr(transformers, f"AutoModel{TASKS['causal-lm' if base.task is None else base.task.name]}")
+    if base.task is not None and base.two_sided:
+        raise ModelError(f"{base.name} is an encoder-decoder, which is served as seq2seq-lm, not as {base.task.name}")
+    return getattr(transformers, f"AutoModel{TASKS[_task(base)]}")
+
+
+def _task(base: Base) -> str:
+    if base.task is not None:
+        return base.task.name
+    return "seq2seq-lm" if base.two_sided else "causal-lm"
 
 
 def _from_config(base: Base, trust_remote_code: bool) -> Any:
@@ -226,6 +234,6 @@ def _line(error: Exception, base: Base) -> str:
     said = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     if not said.startswith("Unrecognized configuration class"):
         return said
-    if base.task is not None:
-        return f"transformers has no {base.task.name} of its kind"
+    if _task(base) != "causal-lm":
+        return f"transformers has no {_task(base)} of its kind"
     return "it is no causal language model; model.task may ask for another use"

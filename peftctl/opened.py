@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peftctl import base as bases
 from peftctl import model as models
 from peftctl.data.chat import Chat
+from peftctl.data.sides import chat_of
 from peftctl.errors import FormatError, ModelError
 from peftctl.task import task_of
 
@@ -87,7 +88,7 @@ def open(
         attachment = attach(model, found.adapter.method, found.adapter.config, seed)
         attachment.load(found.adapter.tensors, str(found.adapter.folder))
     policy = policy_of(model, attachment, found.skeleton.dimensions.layers)
-    return Opened(found, policy.eval(), Chat(found.tokenizer))
+    return Opened(found, policy.eval(), chat_of(found.base.start(), found.tokenizer))
 
 
 def policy_of(

@@ -13,10 +13,11 @@ from peftctl import model as models
 from peftctl.counting import Counts, count
 from peftctl.data.chat import Chat
 from peftctl.data.dataset import Prepared, prepare
+from peftctl.data.sides import chat_of
 from peftctl.data.templates import chosen
 from peftctl.errors import DataError, InputError, ModelError, several
 from peftctl.recipe import shared_folder
-from peftctl.schema import Recipe
+from peftctl.schema import ModelConfig, Recipe
 from peftctl.skeleton import Skeleton
 from peftctl.task import Task
 from peftctl.waiting import tokenising
@@ -83,7 +84,9 @@ def asked(recipe: Recipe, base: bases.Base) -> tuple[Recipe, bases.Base]:
 def _fit(data: Prepared, base: bases.Base, virtual: int) -> None:
     """Refuse rows that are longer than the base has positions for, beside so many virtual tokens."""
     settings = base.settings()
-    known = [settings[key] for key in ("n_positions", "max_position_embeddings") if isinstance(settings.get(key), int)]
+    # T5's n_positions is what it was trained with: its positions are relative
+    names = ("max_position_embeddings",) if base.two_sided else ("n_positions", "max_position_embeddings")
+    known = [settings[key] for key in names if isinstance(settings.get(key), int)]
     for report in filter(None, (data.report, data.validation_report)):
         if known and report.longest > min(known) - virtual:
             taken = f", {virtual} of them for virtual tokens" if virtual else ""
@@ -100,8 +103,11 @@ def base_and_chat(
     """The recipe's base on this machine, and its tokenizer."""
     wanted = recipe.model
     if wanted.shrink:
-        chat = _chat(wanted.tokenizer, recipe, now)
-        return bases.shrink(_architecture(wanted.name), chat.vocabulary)._replace(tokenizer=chat.folder), chat
+        whole = suited(_architecture(wanted), recipe)
+        vocabulary = Chat(_tokenizer(wanted.tokenizer)).vocabulary
+        base = bases.shrink(whole, vocabulary)
+        chat = _chat(wanted.tokenizer, base, recipe, now)
+        return base._replace(tokenizer=chat.folder), chat
     try:
         base = bases.resolve(
             wanted.name,
@@ -112,13 +118,24 @@ def base_and_chat(
         )
     except ModelError as error:
         raise ModelError(f"model.name: {error}") from None
-    return base, _chat(base.tokenizer, recipe, now)
+    return base, _chat(base.tokenizer, suited(base, recipe), recipe, now)
 
 
-def _chat(folder: Path | str | None, recipe: Recipe, now: datetime | None) -> Chat:
+def suited(base: bases.Base, recipe: Recipe) -> bases.Base:
+    """The base, whose kind must be the one that the recipe asks for. Raises ModelError."""
+    task, kind = recipe.model.task, base.settings()["model_type"]
+    if base.two_sided and task != "seq2seq-lm":
+        raise ModelError(f"model.name: {base.name} is an encoder-decoder ({kind}): set model.task: seq2seq-lm")
+    if task == "seq2seq-lm" and not base.two_sided:
+        raise ModelError(f"model.task: seq2seq-lm asks for an encoder-decoder, and {base.name} ({kind}) is none")
+    return base
+
+
+def _chat(folder: Path | str | None, base: bases.Base, recipe: Recipe, now: datetime | None) -> Chat:
     """The tokenizer in a folder, with the template and the system prompt that the recipe asks for."""
     wanted = recipe.data.chat_template
-    return Chat(_tokenizer(folder), chosen(wanted) if wanted is not None else None, now, recipe.data.system)
+    template = chosen(wanted) if wanted is not None else None
+    return chat_of(base.start(), _tokenizer(folder), template, now, recipe.data.system)
 
 
 def _tokenizer(folder: Path | str | None) -> Path | str:
@@ -127,12 +144,12 @@ def _tokenizer(folder: Path | str | None) -> Path | str:
     return folder
 
 
-def _architecture(name: str) -> bases.Base:
-    """The architecture to shrink: what the recipe names if it is on this machine, else a small Llama. No downloads."""
-    path = Path(name)
-    if path.is_dir() or name.endswith(".json"):
-        return bases.resolve(name, need="config")
-    return bases.resolve(str(shared_folder("configs") / "models" / "tiny-llama.json"))
+def _architecture(wanted: ModelConfig) -> bases.Base:
+    """The architecture to shrink: what the recipe names if it is on this machine, else a small one. No downloads."""
+    if Path(wanted.name).is_dir() or wanted.name.endswith(".json"):
+        return bases.resolve(wanted.name, need="config")
+    small = "tiny-t5" if wanted.task == "seq2seq-lm" else "tiny-llama"
+    return bases.resolve(str(shared_folder("configs") / "models" / f"{small}.json"))
 
 
 class _Adapters(NamedTuple):

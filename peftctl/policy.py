@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ from peftctl.kernels.token_stats import token_stats
 from peftctl.methods.attachment import Attachment, Virtual
 from peftctl.objectives.base import TokenStats
 from peftctl.scores import TaskHead
+from peftctl.seq2seq import hidden as both_sides
+from peftctl.seq2seq import rectangle, two_sided
 
 
 class Layout(NamedTuple):
@@ -118,14 +120,18 @@ class Policy(nn.Module):
         return self._forest(batch, virtual), batch.firsts if first else batch.labels.source
 
     def row_hidden(self, batch: Batch) -> list[Tensor]:
-        """The trunk's last hidden states row by row, (length, d) each; what a test or a layout check compares."""
+        """The trunk's last hidden states row by row, (length, d) each; what a test or a layout check compares.
+
+        Of an encoder-decoder, the decoder's.
+        """
         virtual = self.attachment.virtual()
         first = virtual.run if virtual is not None else 0
         batch = self._laid_out(batch, virtual)
         if self.layout.name == "padded":
             hidden, _ = self._padded(batch, virtual)
-            width = max(len(row.ids) for row in batch.rows)
-            return [hidden[i * width + first : i * width + len(row.ids)] for i, row in enumerate(batch.rows)]
+            lengths = [len(row.ids) - row.source for row in batch.rows]
+            width = max(lengths)
+            return [hidden[i * width + first : i * width + length] for i, length in enumerate(lengths)]
         hidden = self._forest(batch, virtual)
         return [hidden[tokens[first:]] for tokens in batch.row_tokens]
 
@@ -146,6 +152,8 @@ class Policy(nn.Module):
 
     def _forest(self, batch: Batch, virtual: Virtual | None) -> Tensor:
         length = virtual.held if virtual is not None else 0
+        if two_sided(self.model):
+            raise attention.Unsupported("a decoder that reads an encoder's answer has two sides, which are padded")
         state = attention.Running(Plan(batch), *((virtual.keys, virtual.values) if virtual else ()))
         positions = batch.positions + length + self.layout.first_position
         with attention.running(self.model, state), self.below(batch):
@@ -157,11 +165,12 @@ class Policy(nn.Module):
 
     def _padded(self, batch: Batch, virtual: Virtual | None, first: bool = False) -> tuple[Tensor, Tensor]:
         rows, device = batch.rows, batch.ids.device
-        width = max(len(row.ids) for row in rows)
-        lengths = torch.tensor([len(row.ids) for row in rows], device=device)
-        real = torch.arange(width, device=device) < lengths[:, None]
-        ids = _rectangle([row.ids for row in rows], real)
-        types = None if batch.types is None else _rectangle([row.types or (0,) * len(row.ids) for row in rows], real)
+        if two_sided(self.model):
+            return self._sides(batch)
+        ids, real = rectangle([row.ids for row in rows], device)
+        width, types = ids.shape[1], None
+        if batch.types is not None:
+            types, _ = rectangle([row.types or (0,) * len(row.ids) for row in rows], device)
         length = virtual.held if virtual is not None else 0
         mask = torch.cat([real.new_ones(len(rows), length), real], dim=1).long()
         places_in_row = torch.arange(width, device=device).expand(len(rows), -1)
@@ -172,6 +181,13 @@ class Policy(nn.Module):
         output = self.trunk(**self._inputs(ids, places_in_row, virtual), attention_mask=mask, **extra)
         places = batch.labels.row * width + (0 if first else batch.positions[batch.labels.source])
         return last_hidden(output).flatten(0, 1), places
+
+    def _sides(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        states = both_sides(self.model, batch)
+        before = torch.tensor([row.source for row in batch.rows], device=batch.ids.device)
+        row = batch.labels.row
+        places = row * states.shape[1] + batch.positions[batch.labels.source] - before[row]
+        return states.flatten(0, 1), places
 
     @property
     def trunk(self) -> Any:
@@ -200,13 +216,6 @@ class Policy(nn.Module):
         # others take them for tokens (GPT-2), or not at all
         known = (getattr(self.model.config, "type_vocab_size", 0) or 0) > 1
         return {"token_type_ids": types} if types is not None and known and "token_type_ids" in self._accepted else {}
-
-
-def _rectangle(values: Sequence[Sequence[int]], real: Tensor) -> Tensor:
-    """The values of each row in a rectangle, at its `real` places; 0 elsewhere."""
-    found = torch.zeros(real.shape, dtype=torch.long, device=real.device)
-    found[real] = torch.tensor([value for row in values for value in row], device=real.device)
-    return found
 
 
 def last_hidden(output: Any) -> Tensor:

@@ -166,6 +166,14 @@ def _named(root: Node, key: str, problems: list[Problem]) -> BaseModel | None:
     return _block(root, key, package.get(name.value).config, problems)
 
 
+def _unfit(task: str, config: Any) -> str | None:
+    """Why an objective cannot be put to a base that is asked for a task, None if it can."""
+    objective = objectives.get(config.name)
+    if task == "seq2seq-lm" and objective.task == "causal-lm":
+        return objective.one_sided(config)
+    return None if task == objective.task else f"which needs {objective.task}"
+
+
 def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
     """What is right alone and wrong together, of the blocks that are right (the others are None).
 
@@ -195,8 +203,7 @@ def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
     if data and objective and data.truncate == "split":
         if data.format not in ("auto", "text") or "text" not in suitable(objective.name):
             yield at("data.truncate", "split is for raw text: set it to left or right, or refuse")
-    if model and objective and model.task != objectives.get(objective.name).task:
-        needed = objectives.get(objective.name).task
-        yield at("model.task", f"{model.task} does not suit objective {objective.name}, which needs {needed}")
+    if model and objective and (unfit := _unfit(model.task, objective)):
+        yield at("model.task", f"{model.task} does not suit objective {objective.name}, {unfit}")
     if model and model.quantize is not None:
         yield at("model.quantize", "is not served: leave it null")

@@ -21,6 +21,12 @@ class Row(NamedTuple):
     role: str = ""  # "", "chosen", "rejected", "desirable", "undesirable", "mismatched"
     targets: tuple[float, ...] = ()
     types: tuple[int, ...] = ()  # which of a pair's texts each token belongs to, where an encoder is told
+    source: int = 0  # of an encoder-decoder: its first tokens, as many, are the encoder's, the others its decoder's
+
+    @property
+    def reach(self) -> int:
+        """How many positions it takes up; of an encoder-decoder, on the longer side."""
+        return max(self.source, len(self.ids) - self.source)
 
     def part(self, start: int, end: int) -> Row:
         """Some of its tokens."""

@@ -21,8 +21,10 @@ class Block(BaseModel):
 class ModelConfig(Block):
     name: str = Field(min_length=1, description="hub id, local folder, .gguf file, or a bare config.json")
     revision: str | None = Field(None, description="commit, tag or branch of a hub model")
-    task: Literal["causal-lm", "sequence-classification", "token-classification"] = Field(
-        "causal-lm", description="the head that is used: that of tokens, or a new one that scores rows or tokens"
+    task: Literal["causal-lm", "seq2seq-lm", "sequence-classification", "token-classification"] = Field(
+        "causal-lm",
+        description="the head that is used: that of tokens (seq2seq-lm: of an encoder-decoder), or a new one that "
+        "scores rows or tokens",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as stored")
     quantize: str | None = Field(None, description="null")

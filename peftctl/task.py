@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 # the ending of the classes that serve each task
 TASKS = {
     "causal-lm": "ForCausalLM",
+    "seq2seq-lm": "ForSeq2SeqLM",
     "sequence-classification": "ForSequenceClassification",
     "token-classification": "ForTokenClassification",
 }
-HEADED = {name: end for name, end in TASKS.items() if name != "causal-lm"}
+HEADED = {name: end for name, end in TASKS.items() if name not in ("causal-lm", "seq2seq-lm")}
 
 
 class Task(NamedTuple):

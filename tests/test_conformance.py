@@ -36,7 +36,7 @@ def test_a_count_is_what_the_formula_gives(row: Row) -> None:
 
 
 @pytest.mark.parametrize("base", REFUSED)
-def test_what_is_no_decoder_is_refused_in_one_line(base: str) -> None:
+def test_what_is_not_served_is_refused_in_one_line(base: str) -> None:
     said = conformance.refusal(base)
     assert base in said and "\n" not in said and len(said) < 200
 

@@ -59,7 +59,7 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (_with(auto_map={"AutoModel": "own.Model"}), "--trust-remote-code"),
     (_with(vision_config={}), "is a vision-language model"),
     (_with(audio_config={}), "is an audio model"),
-    (_with(is_encoder_decoder=True), "is an encoder-decoder"),
+    (_with(is_encoder_decoder=True), "has no seq2seq-lm of its kind"),
     (_with(model_type="vit"), "it is no causal language model"),
     (_with(model_type="gpt2", hidden_size=30), "divisible"),
     (_with(model_type="unheard-of"), "cannot use its config"),

@@ -268,7 +268,8 @@ train: {max_steps: 3, epochs: 1, eval_every: 2}
         "train.gradient_checkpointing would lose method prefix's virtual tokens: set it to false",
         "a.yaml:1:18: keep stands here again; it was set in line 1",
         "r.yaml:1:1: output is missing: the run's folder",
-        "r.yaml:2:32: model.task is 'ranking'; causal-lm, sequence-classification or token-classification is meant",
+        "r.yaml:2:32: model.task is 'ranking'; "
+        "causal-lm, seq2seq-lm, sequence-classification or token-classification is meant",
         "r.yaml:3:47: num_virtual_tokens stands here again; it was set in line 3",
         "r.yaml:5:1: data.train is missing: a data file, a folder or a pattern of files",
         "r.yaml:5:8: data.tran is not a key; did you mean train?",

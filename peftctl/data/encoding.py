@@ -12,6 +12,7 @@ from peftctl import objectives
 from peftctl.data.chat import Chat
 from peftctl.data.formats import Columns, decide
 from peftctl.data.packed import Packed, tables_of
+from peftctl.data.sides import Sides, chat_of
 from peftctl.data.sources import Cells, Json
 from peftctl.data.templates import Chosen
 from peftctl.data.truncation import fitted
@@ -77,7 +78,7 @@ class Job(NamedTuple):
         template = chat.template
         told = (template.source, template.name, template.now.isoformat()) if template is not None else None
         return {
-            "chat": (str(chat.folder), chat.system, told),
+            "chat": (chat.start if isinstance(chat, Sides) else None, str(chat.folder), chat.system, told),
             "objective": self.config.model_dump(mode="json"),
             "written": self.written._replace(wanted=sorted(self.written.wanted)),
             "limits": (self.max_length, self.vocabulary, self.truncate),
@@ -86,10 +87,10 @@ class Job(NamedTuple):
 
 def job_of(document: Mapping[str, Any]) -> Job:
     """The job of a document."""
-    folder, system, told = document["chat"]
+    start, folder, system, told = document["chat"]
     source, name, now = told or (None, "", None)
     chosen = Chosen(source, name) if source is not None else None
-    chat = Chat(folder, chosen, datetime.fromisoformat(now) if now else None, system)
+    chat = chat_of(start, folder, chosen, datetime.fromisoformat(now) if now else None, system)
     objective = objectives.get(document["objective"]["name"])
     written = Written(*document["written"])
     config = objective.config.model_validate(document["objective"])
@@ -143,7 +144,7 @@ def encode(job: Job, given: Sequence[Given]) -> Chunk:
         for rows in pieces:
             contents.append(packed.add(rows, place))
             counts.update(_counts(rows, job.chat.eos_ids))
-            counts["longest"] = max(counts["longest"], *(len(own.ids) for own in rows))
+            counts["longest"] = max(counts["longest"], *(own.reach for own in rows))
     columns = dict.fromkeys(name for _, row in given if isinstance(row, dict) for name in row)
     return Chunk(packed, b"".join(contents), faults[:SHOWN], dict(counts), list(columns))
 
@@ -153,7 +154,10 @@ def _pieces(job: Job, row: Json | str) -> tuple[list[tuple[Row, ...]], int]:
     if isinstance(row, str):
         raise DataError(row)
     rows = encoded(job.columns.example(row), job.chat, job.objective, job.config, job.vocabulary)
-    return fitted(rows, job.max_length, job.truncate, job.chat.opening), max(len(own.ids) for own in rows)
+    pieces = fitted(rows, job.max_length, job.truncate, job.chat.opening)
+    if isinstance(job.chat, Sides):
+        pieces = [tuple(map(job.chat.sided, own)) for own in pieces]
+    return pieces, max(len(own.ids) for own in rows)
 
 
 def encoded(

@@ -58,13 +58,13 @@ def learnt(dialogue: Dialogue, trained: Trained) -> tuple[str, tuple[Span, ...]]
     learnt. A message's own weight goes before that. Raises DataError where the template does not render, leaves out
     what is to be learnt, or where its renderings of the dialogue's beginnings disagree.
     """
-    turns = _turns(dialogue.messages, trained)
+    chosen = turns(dialogue.messages, trained)
     full = dialogue.rendered()
-    _shown(dialogue, full.text)
+    shown(dialogue, full.text)
     if trained == "all":
         return full.text, (Span(0, len(full.text)),)
     spans: list[Span] = []
-    for index, weight in turns.items():
+    for index, weight in chosen.items():
         if full.marks and dialogue.messages[index].role == "assistant":
             found = _marked(dialogue, full, index)
         else:
@@ -79,7 +79,7 @@ def ending(template: Template, special: re.Pattern[str]) -> str:
     return found.group() if found else ""
 
 
-def _turns(messages: Sequence[Message], trained: Trained) -> dict[int, float]:
+def turns(messages: Sequence[Message], trained: Trained) -> dict[int, float]:
     """The messages that are learnt, by their index, with what a label of theirs counts."""
     roles = ("assistant",) if isinstance(trained, str) else trained
     named = [index for index, message in enumerate(messages) if message.role in roles]
@@ -93,13 +93,13 @@ def _turns(messages: Sequence[Message], trained: Trained) -> dict[int, float]:
         named = named[-1:]
     own = {index: message.weight for index, message in enumerate(messages) if message.weight is not None}
     chosen = dict.fromkeys(named, 1.0) | {i: w for i, w in own.items() if trained != "last" or i in named}
-    turns = {index: chosen[index] for index in sorted(chosen) if chosen[index]}
-    if not turns:
+    found = {index: chosen[index] for index in sorted(chosen) if chosen[index]}
+    if not found:
         raise DataError("all that would be learnt has weight 0 (or train: false); there is nothing to learn from")
-    return turns
+    return found
 
 
-def _shown(dialogue: Dialogue, full: str) -> None:
+def shown(dialogue: Dialogue, full: str) -> None:
     """Tools and calls must be in the text: a template that does not know them leaves them out without a word."""
     template, messages, _, tools = dialogue
     if tools and template.render(messages).text == full:

@@ -114,4 +114,6 @@ class Objective(Generic[C]):
     labels: Callable[[C], tuple[str, ...]] = lambda config: ()  # the names of the head's outputs
     # the keys of a config that a head with these labels was trained by; None where it cannot have been
     measures: Callable[[tuple[str, ...]], Mapping[str, Any] | None] = lambda labels: None
+    # what keeps it from an encoder-decoder, whose answers are learnt alone; None where nothing does
+    one_sided: Callable[[C], str | None] = lambda config: "which needs causal-lm"
     likelihood: bool = False  # whether the loss is a mean negative log-likelihood, so that exp(loss) is a perplexity

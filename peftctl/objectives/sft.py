@@ -56,4 +56,9 @@ OBJECTIVE = Objective(
     weights=weights,
     loss=loss,
     likelihood=True,
+    one_sided=lambda config: (
+        None
+        if config.trained in ("assistant", "last")
+        else "which learns answers alone there: set objective.trained: last"
+    ),
 )
