@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftctl import model as models
 from peftctl.base import Base
+from peftctl.methods._added import added, refuse_rewrites
 from peftctl.methods._copies import copied
 from peftctl.methods.attachment import Attachment
 from peftctl.methods.base import Method, MethodConfig
@@ -32,6 +33,9 @@ def deltas(model: nn.Module, method: Method[Any], config: MethodConfig) -> Attac
     attachment, table = method.attach(model, config), skeleton(model)
     if config.save_modules is not None:
         attachment.extend(copied(model, saved(table, config.save_modules, attachment.paths)))
+    by_method = attachment.places
+    attachment.extend(added(model, {path for path, delta, _ in by_method if delta.stands_in}), first=True)
+    refuse_rewrites(by_method, set(table.vocabulary))
     if table.added:
         attachment.extend(copied(model, whole(table.added)))
     return attachment
@@ -54,8 +58,9 @@ def fit(
 
 
 def with_head(tensors: Mapping[str, Tensor], attachment: Attachment, table: Skeleton) -> Mapping[str, Tensor]:
-    """An adapter's values; of one that was trained without a head, as for dialogues, the head stays as it was drawn."""
+    """An adapter's values; of one that was trained without a head, or without new tokens, these stay as drawn."""
     head = {dotted(module.path, name) for module in table.added for name in module.shapes}
-    if any(name in head for name in tensors):
-        return tensors
-    return {name: tensor for name, tensor in attachment.tensors().items() if name in head} | dict(tensors)
+    rows = {dotted(path, name) for path in table.vocabulary for name in ("rows", "row_bias")}
+    lacking = [names for names in (head, rows) if not any(name in names for name in tensors)]
+    own = {name: tensor for name, tensor in attachment.tensors().items() if any(name in names for names in lacking)}
+    return own | dict(tensors)

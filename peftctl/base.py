@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from peftctl.errors import ModelError
+from peftctl.skeleton import NewRows
 from peftctl.task import Task
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
@@ -32,6 +33,13 @@ class Base(NamedTuple):
     weights: Path | None  # the folder that holds the safetensors
     tokenizer: Path | None  # the folder that holds tokenizer.json
     task: Task | None = None  # what it is asked for; None for tokens
+    rows: NewRows | None = None  # tokens that it is to be given
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of its embeddings, new ones included, as far as its config says it."""
+        own = self.settings().get("vocab_size")
+        return self.rows.total if self.rows is not None else own if isinstance(own, int) else None
 
     @property
     def two_sided(self) -> bool:

@@ -48,7 +48,7 @@ def validate(path: Path, overrides: Sequence[str], smoke: bool, show: int, quiet
 
     wanted = recipes.load(path, overrides, smoke)
     base, chat = base_and_chat(wanted, with_weights=False)
-    vocabulary = base.settings().get("vocab_size")
+    vocabulary = base.vocabulary
     with tokenising(quiet) as shown:
         data = prepare(wanted, chat, objectives.get(wanted.objective.name), vocabulary, shown)
     for rows in data.train.examples[:show]:
@@ -115,8 +115,8 @@ def _counted_base(wanted: Recipe, trust_remote_code: bool) -> Base:
     from peftctl import base as bases
     from peftctl.plan import base_and_chat, suited
 
-    if wanted.model.shrink:
-        return base_and_chat(wanted)[0]
+    if wanted.model.shrink or wanted.model.add_tokens:
+        return base_and_chat(wanted, with_weights=False)[0]
     name, revision = wanted.model.name, wanted.model.revision
     return suited(bases.resolve(name, revision, need="config", trust_remote_code=trust_remote_code), wanted)
 

@@ -35,12 +35,16 @@ def count(base: Base, method: Method[Any], config: MethodConfig, *, trust_remote
     table = skeleton(base, trust_remote_code=trust_remote_code)
     counted = method.count(table, config)
     whole = saved(table, config.save_modules, counted.places).sizes(table)
+    if table.rows is not None:
+        trained = table.row_sizes(table.rows.number)
+        whole |= {path: size for path, size in trained.items() if path not in counted.places | whole}
     whole |= {m.path: m.parameters() for m in table.added if m.shapes}
     own, beside, total = counted.total, sum(whole.values()), table.parameters()
     trainable = own + beside
     percent = 100 * trainable / (trainable + total)
-    places = counted.places | whole
-    return Counts(own, beside, trainable, total, trainable + total, percent, counted.summary, places)
+    places, rows = counted.places | whole, table.rows
+    summary = counted.summary if rows is None else f"{counted.summary}; {rows.number} new tokens"
+    return Counts(own, beside, trainable, total, trainable + total, percent, summary, places)
 
 
 def tree(places: Mapping[str, int]) -> list[str]:

@@ -38,6 +38,8 @@ def export(
     found = find(adapter, base, trust_remote_code=trust_remote_code)
     if found.adapter is None:
         raise InputError(f"{adapter} is a model, not an adapter: there is nothing to export")
+    if found.base.rows is not None and to != "peft":
+        raise InputError(f"--to {to}: it has no place for the tokens that were added; {_instead(found)}")
     try:
         notes = WRITERS[to](found, output, server, name)
     except OSError as error:
@@ -54,6 +56,7 @@ def _to_peft(found: Found, output: Path, server: str | None, name: str) -> list[
         raise InputError(f"--to peft: the peft package has no {adapter.method.name} adapters; {_instead(found)}")
     keys, stored = peft.as_peft(adapter.method, adapter.config, found.skeleton, adapter.tensors)
     problems = vllm.problems(keys, stored) if server else []
+    problems += ["it takes no new tokens with an adapter"] if server and found.base.rows is not None else []
     if problems:
         raise InputError(f"--for vllm: {'; '.join(problems)}; {_instead(found)}")
     with written_aside(output) as folder:

@@ -47,6 +47,13 @@ def folds_of(attachment: Attachment, model: nn.Module) -> Folds:
     return found
 
 
+def folded_shape(shape: tuple[int, ...], folds: Sequence[Fold]) -> tuple[int, ...]:
+    """What a stored parameter's shape becomes: a vocabulary may have grown."""
+    for name, delta in folds:
+        shape = delta.shape(name, shape)
+    return shape
+
+
 def _alone(full: str, parameters: Mapping[str, nn.Parameter], mirrored: set[str]) -> None:
     """Refuse a change of a tied parameter that is not made at all its places."""
     others = [name for name, p in parameters.items() if p is parameters[full] and name != full]

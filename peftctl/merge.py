@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 from peftctl.errors import FormatError, InputError, SaveError, Unfoldable
-from peftctl.folding import DTYPES, Folds, folded, folds_of, rounded, stored, together
+from peftctl.folding import DTYPES, Folds, folded, folded_shape, folds_of, rounded, stored, together
 from peftctl.formats import headed, names
 from peftctl.formats.shards import INDEX, WIDTHS, Entry, Shard, header, shards
 from peftctl.joined import Joined, joined
 from peftctl.methods.attachment import Attachment
 from peftctl.storage import TEMPORARY, publish
+from peftctl.surgery import new_rows
 from peftctl.task import Task
 
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -64,7 +66,7 @@ def merge(
     folds = together([folds_of(one, model) for one in (attachment, *further)])
     head = headed.Head() if task is None else headed.new(model, folds, found)
     changes = _on_disk(model, {full: own for full, own in folds.items() if full not in head.tensors}, found)
-    laid_out = [_laid_out(shard, dtype and NAMES[dtype], head) for shard in found]
+    laid_out = [_laid_out(shard, dtype and NAMES[dtype], head, changes.folds) for shard in found]
     total, done = sum(laid[-1][1].end for laid in laid_out if laid), 0
     merged = {old.name: new for laid in laid_out for old, new in laid}
     with _aside(output, total + head.size) as temporary:
@@ -76,6 +78,8 @@ def merge(
         head.write(temporary, [[new for _, new in laid] for laid in laid_out], found)
         if task is not None:
             _rewrite(temporary / "config.json", lambda config: headed.config(config, task, model))
+        if (new := new_rows(model)) is not None:
+            _rewrite(temporary / "config.json", lambda config: config | {"vocab_size": new.total})
         finish(temporary)
 
 
@@ -86,7 +90,8 @@ def _on_disk(model: Any, folds: Folds, found: list[Shard]) -> Changes:
     sources: dict[str, list[str]] = {}
     for name, place in names.parameters(model, places).items():
         entry = places[name][1]
-        usable = place.whole and entry.dtype in DTYPES and entry.shape == shapes.get(place.parameter)
+        shape = folded_shape(entry.shape, folds.get(place.parameter, []))
+        usable = place.whole and entry.dtype in DTYPES and shape == shapes.get(place.parameter)
         sources.setdefault(place.parameter, []).append(name if usable else "")
     lost = [full for full in folds if len(sources.get(full, [])) != 1 or not sources[full][0]]
     in_parts, served = joined(names.parts(model, places), {full: folds[full] for full in lost}, places, shapes)
@@ -102,7 +107,7 @@ def _on_disk(model: Any, folds: Folds, found: list[Shard]) -> Changes:
     return Changes(whole, in_parts)
 
 
-def _laid_out(shard: Shard, dtype: str | None, head: headed.Head) -> list[tuple[Entry, Entry]]:
+def _laid_out(shard: Shard, dtype: str | None, head: headed.Head, folds: Folds) -> list[tuple[Entry, Entry]]:
     """The tensors of the merged shard beside those of the base's: the same, or floating-point ones in another type.
 
     A new head's come under the model's names, without what it replaces.
@@ -112,10 +117,11 @@ def _laid_out(shard: Shard, dtype: str | None, head: headed.Head) -> list[tuple[
         if entry.name in head.replaced:
             continue
         new = dtype if dtype is not None and entry.dtype in DTYPES else entry.dtype
-        size = entry.end - entry.start
-        size = size if new == entry.dtype else size // WIDTHS[entry.dtype] * WIDTHS[new]
+        size, shape = entry.end - entry.start, folded_shape(entry.shape, folds.get(entry.name, []))
+        if (new, shape) != (entry.dtype, entry.shape):
+            size = prod(shape) * WIDTHS[new]
         name = head.names.get(entry.name, entry.name)
-        laid.append((entry, entry._replace(name=name, dtype=new, start=at, end=at + size)))
+        laid.append((entry, entry._replace(name=name, dtype=new, shape=shape, start=at, end=at + size)))
         at += size
     return laid
 
@@ -160,12 +166,11 @@ def _companions(base: Path, target: Path, dtype: str | None, size: int) -> None:
         for file in base.glob(pattern):
             if file.is_file() and not file.name.endswith(".bin.index.json"):
                 shutil.copyfile(file, target / file.name)
-    if dtype is None:
-        return
-    _rewrite(
-        target / "config.json",
-        lambda config: {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": dtype},
-    )
+    if dtype is not None:
+        _rewrite(
+            target / "config.json",
+            lambda config: {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": dtype},
+        )
     if (target / INDEX).is_file():
         _rewrite(target / INDEX, lambda index: index | {"metadata": index.get("metadata", {}) | {"total_size": size}})
 

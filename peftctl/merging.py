@@ -87,8 +87,8 @@ def _of_one_base(several: Sequence[Found]) -> None:
     assert first.adapter is not None and first.base.weights is not None
     for other in others:
         assert other.adapter is not None and other.base.weights is not None
-        if other.base.task != first.base.task:
-            what = "one has a head that the other lacks, or another's"
+        if (other.base.task, other.base.rows) != (first.base.task, first.base.rows):
+            what = "they do not have the same head and the same new tokens"
         elif fingerprint(other.base.weights) != fingerprint(first.base.weights):
             what = f"the one's base is {first.base.name}, the other's {other.base.name}"
         else:

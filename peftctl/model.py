@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peftctl.base import Base, cache_folder
 from peftctl.errors import ModelError
 from peftctl.formats.shards import shards
-from peftctl.skeleton import Dimensions, Module, Skeleton
+from peftctl.skeleton import Dimensions, Module, NewRows, Skeleton
 from peftctl.task import TASKS, labelled
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 def load(base: Base, dtype: str, device: str, seed: int, *, trust_remote_code: bool = False) -> Any:
     """The frozen model in eval mode on a device. Raises ModelError when the weights do not fit the architecture."""
-    from peftctl.surgery import frozen
+    from peftctl.surgery import frozen, grown
 
     _quiet()
     wanted = _dtype(dtype, device)
     model = _random(base, wanted, seed) if base.weights is None else _stored(base, wanted, trust_remote_code)
-    return frozen(_widened(model)).to(device).eval()
+    return frozen(_widened(grown(model, base.rows))).to(device).eval()
 
 
 def device(name: str) -> str:
@@ -70,12 +70,15 @@ def _key(base: Base) -> str:
     asked = f"|3|{version('transformers')}"
     if base.task is not None:
         asked += f"|{base.task.name}|{len(base.task.labels)}|{_holds_pooler(base)}"
+    if base.rows is not None:
+        asked += f"|{json.dumps(base.rows)}"
     return hashlib.sha256(base.config.read_bytes() + asked.encode()).hexdigest()[:24]
 
 
 def _write(table: Skeleton) -> dict[str, Any]:
     modules = {name: [list(m) for m in getattr(table, name)] for name in ("modules", "added")}
-    return table._asdict() | {"dimensions": table.dimensions._asdict(), **modules}
+    rows = None if table.rows is None else table.rows._asdict()
+    return table._asdict() | {"dimensions": table.dimensions._asdict(), "rows": rows, **modules}
 
 
 def _read(stored: dict[str, Any]) -> Skeleton:
@@ -83,7 +86,9 @@ def _read(stored: dict[str, Any]) -> Skeleton:
         name: tuple(Module(p, k, t, {n: tuple(s) for n, s in shapes.items()}) for p, k, t, shapes in stored[name])
         for name in ("modules", "added")
     }
-    return Skeleton(**(stored | modules | {"dimensions": Dimensions(**stored["dimensions"])}))
+    rows = stored["rows"] and NewRows(**(stored["rows"] | {"tokens": tuple(stored["rows"]["tokens"])}))
+    facts = {"dimensions": Dimensions(**stored["dimensions"]), "rows": rows, "vocabulary": tuple(stored["vocabulary"])}
+    return Skeleton(**(stored | modules | facts))
 
 
 def _holds_pooler(base: Base) -> bool:
@@ -180,9 +185,11 @@ def empty(base: Base, *, trust_remote_code: bool = False) -> Any:
     """The model on the meta device: its modules and shapes, no memory for weights."""
     import torch
 
+    from peftctl.surgery import grown
+
     _quiet()
     with torch.device("meta"):
-        return _from_config(base, trust_remote_code)
+        return grown(_from_config(base, trust_remote_code), base.rows)
 
 
 def _meta(base: Base, trust_remote_code: bool) -> Skeleton:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +13,7 @@ from peftctl import base as bases
 from peftctl import methods, objectives
 from peftctl import model as models
 from peftctl.counting import Counts, count
+from peftctl.data.added import extended
 from peftctl.data.chat import Chat
 from peftctl.data.dataset import Prepared, prepare
 from peftctl.data.sides import chat_of
@@ -18,7 +21,7 @@ from peftctl.data.templates import chosen
 from peftctl.errors import DataError, InputError, ModelError, several
 from peftctl.recipe import shared_folder
 from peftctl.schema import ModelConfig, Recipe
-from peftctl.skeleton import Skeleton
+from peftctl.skeleton import NewRows, Skeleton
 from peftctl.task import Task
 from peftctl.waiting import tokenising
 
@@ -100,16 +103,21 @@ def _fit(data: Prepared, base: bases.Base, virtual: int) -> None:
 def base_and_chat(
     recipe: Recipe, *, trust_remote_code: bool = False, with_weights: bool = True, now: datetime | None = None
 ) -> tuple[bases.Base, Chat]:
-    """The recipe's base on this machine, and its tokenizer."""
+    """The recipe's base on this machine, and its tokenizer, both with the tokens that it adds."""
     wanted = recipe.model
     if wanted.shrink:
-        whole = suited(_architecture(wanted), recipe)
-        vocabulary = Chat(_tokenizer(wanted.tokenizer)).vocabulary
-        base = bases.shrink(whole, vocabulary)
-        chat = _chat(wanted.tokenizer, base, recipe, now)
-        return base._replace(tokenizer=chat.folder), chat
+        plain = Chat(_tokenizer(wanted.tokenizer))
+        base = bases.shrink(suited(_architecture(wanted), recipe), plain.vocabulary)._replace(tokenizer=plain.folder)
+    else:
+        base = suited(_resolved(wanted, with_weights, trust_remote_code), recipe)
+    if wanted.add_tokens is not None:
+        base = _with_tokens(base, wanted.add_tokens)
+    return base, _chat(base.tokenizer, base, recipe, now)
+
+
+def _resolved(wanted: ModelConfig, with_weights: bool, trust_remote_code: bool) -> bases.Base:
     try:
-        base = bases.resolve(
+        return bases.resolve(
             wanted.name,
             wanted.revision,
             wanted.tokenizer,
@@ -118,7 +126,19 @@ def base_and_chat(
         )
     except ModelError as error:
         raise ModelError(f"model.name: {error}") from None
-    return base, _chat(base.tokenizer, suited(base, recipe), recipe, now)
+
+
+def _with_tokens(base: bases.Base, tokens: Sequence[str]) -> bases.Base:
+    """A base that is given new tokens, with a tokenizer that has them. Raises InputError."""
+    if twice := [token for token, times in Counter(tokens).items() if times > 1]:
+        raise InputError(f"model.add_tokens: {twice[0]!r} is named twice")
+    own, before = Chat(_tokenizer(base.tokenizer)), base.vocabulary
+    if before is None or own.vocabulary > before:
+        raise ModelError(
+            f"model.add_tokens: the tokenizer has {own.vocabulary} tokens, the base {before} rows for them"
+        )
+    rows = NewRows(own.vocabulary, tuple(tokens), before)
+    return base._replace(tokenizer=extended(own.folder, tokens), rows=rows)
 
 
 def suited(base: bases.Base, recipe: Recipe) -> bases.Base:

@@ -23,7 +23,7 @@ from peftctl.formats import peft
 from peftctl.loading import Training, load
 from peftctl.merging import merge
 from peftctl.penalty import penalised
-from peftctl.plan import Options, Plan, plan
+from peftctl.plan import Options, Plan, base_and_chat, plan
 from peftctl.policy import Policy
 from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
@@ -148,11 +148,14 @@ def _with_weights(planned: Plan, folder: RunFolder) -> Plan:
         return planned
     target = folder.path / "base"
     if not target.is_dir():
-        model = models.load(planned.base, "auto", "cpu", planned.recipe.train.seed)
+        plain = planned.recipe.model.model_copy(update={"add_tokens": None})  # these belong to the adapter
+        base, chat = base_and_chat(planned.recipe.model_copy(update={"model": plain}))
+        model = models.load(base, "auto", "cpu", planned.recipe.train.seed)
         with written_aside(target) as temporary:
             model.save_pretrained(temporary)
-            planned.chat.save(temporary)
-    return planned._replace(base=bases.resolve(str(target.resolve()))._replace(task=planned.base.task))
+            chat.save(temporary)
+    found = bases.resolve(str(target.resolve()))
+    return planned._replace(base=found._replace(task=planned.base.task, rows=planned.base.rows))
 
 
 def _choices(training: Training, kept: Sequence[Reuse | Remembered]) -> dict[str, Any]:
@@ -284,6 +287,6 @@ def _write(planned: Plan, folder: RunFolder, training: Training) -> Path:
     method, config = methods.get(planned.recipe.method.name), planned.recipe.method
     target = folder.path / "adapter"
     with written_aside(target) as temporary:
-        peft.write(temporary, method, config, planned.skeleton, training.attachment.tensors(), planned.base)
+        peft.write(temporary, method, config, planned.skeleton, training.attachment.written(), planned.base)
         planned.chat.save(temporary)
     return target

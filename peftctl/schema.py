@@ -30,6 +30,9 @@ class ModelConfig(Block):
     quantize: str | None = Field(None, description="null")
     layout: Literal["auto", "shared", "joined", "padded"] = Field("auto", description="how batches are laid out")
     tokenizer: str | None = Field(None, min_length=1, description="a tokenizer's folder, if not the model's own")
+    add_tokens: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = Field(
+        None, description="new tokens, whose rows of the embeddings and the head are trained beside the adapter"
+    )
     shrink: bool = Field(False, description="a tiny random model of the same architecture instead; for smoke runs")
 
 

@@ -71,6 +71,27 @@ class Dimensions(NamedTuple):
         return max(self.layers, self.encoder_layers)
 
 
+class NewRows(NamedTuple):
+    """New tokens, numbered from `first` on; `before`: rows that the base's own embeddings have."""
+
+    first: int
+    tokens: tuple[str, ...]
+    before: int
+
+    @property
+    def number(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def total(self) -> int:
+        """Rows that the embeddings have with them: some bases have spare ones."""
+        return max(self.before, self.first + self.number)
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.first, self.first + self.number)
+
+
 class Skeleton(NamedTuple):
     """`added`: the modules of a task's head. No base brings them, so no method finds them among `modules`."""
 
@@ -81,6 +102,8 @@ class Skeleton(NamedTuple):
     head: str | None  # path of the output head
     dimensions: Dimensions
     added: tuple[Module, ...] = ()
+    rows: NewRows | None = None  # of model.add_tokens
+    vocabulary: tuple[str, ...] = ()  # the modules that have these rows: the embeddings and the output head
 
     def __getitem__(self, path: str) -> Module:  # type: ignore[override]
         """The module at a dotted path; raises KeyError."""
@@ -92,7 +115,14 @@ class Skeleton(NamedTuple):
     def parameters(self) -> int:
         """Number of parameters, tied ones once."""
         names = {(m.path, n): prod(s) for m in self.modules for n, s in m.shapes.items()}
-        return sum(size for (path, name), size in names.items() if dotted(path, name) not in self.tied)
+        grown = 0 if self.rows is None else sum(self.row_sizes(self.rows.total - self.rows.before).values())
+        return sum(size for (path, name), size in names.items() if dotted(path, name) not in self.tied) - grown
+
+    def row_sizes(self, count: int) -> dict[str, int]:
+        """Parameters in so many rows of the vocabulary, by module, tied ones at their first place."""
+        shapes = {m.path: m.shapes for m in self.modules}
+        own = {p: [s for n, s in shapes[p].items() if dotted(p, n) not in self.tied] for p in self.vocabulary}
+        return {path: count * sum(prod(shape[1:]) for shape in found) for path, found in own.items() if found}
 
 
 class Selection(NamedTuple):

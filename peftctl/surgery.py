@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftctl.skeleton import Dimensions, Module, Skeleton, dotted
+from peftctl.errors import ModelError
+from peftctl.skeleton import Dimensions, Module, NewRows, Skeleton, dotted
 from peftctl.task import HEADED
 
+ROWS = "_peftctl_rows"  # attribute of a model that was grown for new tokens
 NEW = "_peftctl_new"  # attribute of a model: paths of modules of its trunk that its files do not hold
 
 
@@ -64,7 +66,39 @@ def skeleton(model: nn.Module) -> Skeleton:
         head=head_path(model),
         dimensions=dimensions(config),
         added=tuple(added),
+        rows=new_rows(model),
+        vocabulary=tuple(vocabulary_paths(model)),
     )
+
+
+def new_rows(model: nn.Module) -> NewRows | None:
+    """The rows that a model was grown by."""
+    found: NewRows | None = getattr(model, ROWS, None)
+    return found
+
+
+def vocabulary_paths(model: Any) -> list[str]:
+    """The modules with a row for each token: the embeddings, and the output head where there is one."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    both = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    return list(dict.fromkeys(paths[id(module)] for module in both if id(module) in paths))
+
+
+@torch.no_grad()
+def grown(model: Any, rows: NewRows | None) -> Any:
+    """The model with rows for new tokens, each the mean of its own. Raises ModelError where it has other rows."""
+    if rows is None:
+        return model
+    setattr(model, ROWS, rows)
+    held = model.get_input_embeddings().weight.shape[0]
+    if held != rows.before:
+        raise ModelError(f"model.add_tokens: the embeddings have {held} rows, but the config says {rows.before}")
+    if rows.total > held:
+        model.resize_token_embeddings(rows.total, mean_resizing=False)
+        for path in vocabulary_paths(model):
+            for parameter in find(model, path).parameters(recurse=False):
+                parameter[held:] = parameter[:held].float().mean(0)
+    return model
 
 
 def head_of_task(model: Any) -> list[str]:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from peftctl import methods
 from peftctl.base import Base
 from peftctl.errors import FormatError, TargetError
-from peftctl.formats import adapterhub, heads
+from peftctl.formats import adapterhub, added, heads
 from peftctl.formats.shards import fingerprint
 from peftctl.formats.shards import read as read_header
 from peftctl.methods.base import Exchange, Method, MethodConfig
@@ -62,6 +62,9 @@ def write(
     from safetensors.torch import save_file
 
     keys, stored = as_peft(method, config, skeleton, tensors)
+    if method.exchange is not None and (rows := added.apart(skeleton, tensors)[0]):
+        grown = added.whole(base, skeleton, rows)
+        stored |= {_saved_prefix(keys) + name: tensor for name, tensor in grown.items()}
     facts = _facts(base, skeleton)
     keys = keys | {"base_model_name_or_path": facts["name"], "revision": facts["revision"]}
     document = {"format": FORMAT, "method": json.loads(config.model_dump_json()), "base": facts}
@@ -77,9 +80,13 @@ def write(
 def as_peft(
     method: Method[Any], config: MethodConfig, skeleton: Skeleton, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Keys of the config and tensors in peft's form, or under our names where peft lacks the method."""
+    """Keys of the config and tensors in peft's form, or under our names where peft lacks the method.
+
+    Rows of new tokens are left out of peft's, which has their whole matrices instead.
+    """
     if method.exchange is None:
         return {"peft_type": OWN_TYPE, "inference_mode": True}, dict(tensors)
+    tensors = added.apart(skeleton, tensors)[1]
     paths = [path for name in config.save_modules or () for path in named(skeleton, name)] + heads.tops(skeleton)
     full = {
         dotted(m.path, name): skeleton.tied.get(dotted(m.path, name), dotted(m.path, name))
@@ -105,6 +112,7 @@ def _facts(base: Base, skeleton: Skeleton) -> dict[str, Any]:
     return {
         "name": lasting_name(base),
         "revision": base.revision,
+        "rows": None if base.rows is None else base.rows._asdict(),
         "architecture": skeleton.architecture,
         "weights": fingerprint(base.weights) if base.weights is not None else None,
     }
@@ -129,7 +137,10 @@ def lasting_name(base: Base) -> str:
 
 def asked(base: Base, folder: Path) -> Base:
     """The base of an adapter, asked for what the adapter was trained for. Raises FormatError."""
-    return base._replace(task=heads.read(folder, _json(folder / CONFIG), folder / WEIGHTS, base))
+    weights = folder / WEIGHTS
+    ours = _ours(folder)["base"] if (folder / OURS).is_file() else None
+    rows = added.guessed(base, weights) if ours is None else added.recorded(ours, folder)
+    return base._replace(task=heads.read(folder, _json(folder / CONFIG), weights, base), rows=rows)
 
 
 def base_of(folder: Path) -> tuple[str | None, str | None]:
@@ -155,13 +166,14 @@ def read(folder: Path, skeleton: Skeleton) -> Adapter:
         raise FormatError(f"{folder / CONFIG} is not an adapter's: it has no peft_type")
     stored = _tensors(folder)
     ours = _ours(folder) if (folder / OURS).is_file() or kind == OWN_TYPE else None
+    trained = ours["base"] if ours is not None else {}
+    added.same(trained, skeleton, folder)
     if kind == OWN_TYPE and ours is not None:
         block, tensors = ours["method"], dict(stored)
     else:
         preferred = str(ours["method"].get("name")) if ours is not None else None
         block, tensors = _exchanged(folder, keys, skeleton, stored, preferred)
     method = methods.get(str(block.get("name")))
-    trained = ours["base"] if ours is not None else {}
     config = _config(method, block, folder)
     return Adapter(folder, method, config, tensors, trained.get("name"), trained.get("weights"))
 
@@ -201,8 +213,13 @@ def _exchanged(
     """The method block and tensors of a file in peft's form."""
     exchange = _exchange(folder, keys, preferred)
     try:
-        whole = _saved_in(keys, skeleton, stored)
-        rest = {name: tensor for name, tensor in stored.items() if name not in whole}
+        whole, rows = _saved_in(keys, skeleton, stored), dict[str, Any]()
+        grown = added.held(skeleton, _saved_prefix(keys), set(stored) - set(whole))
+        if preferred is None:  # another program's: nobody says that the other rows are the base's
+            whole |= {name: skeleton.tied.get(full, full) for name, full in grown.items()}
+        else:
+            rows = added.cut(skeleton, {full: stored[name] for name, full in grown.items()})
+        rest = {name: tensor for name, tensor in stored.items() if name not in whole and name not in grown}
         block, tensors = exchange.read(dict(keys) | {"modules_to_save": None}, skeleton, rest)
     except (FormatError, TargetError) as error:
         raise FormatError(f"{folder}: {error}") from None
@@ -210,7 +227,8 @@ def _exchanged(
         raise FormatError(f"{folder / CONFIG} has a value that peft would not write: {error}") from None
     head = {module.path for module in skeleton.added}
     modules = [path for path in dict.fromkeys(full.rpartition(".")[0] for full in whole.values()) if path not in head]
-    return block | {"save_modules": modules or None}, tensors | {ours: stored[name] for name, ours in whole.items()}
+    saved = {ours: stored[name] for name, ours in whole.items()}
+    return block | {"save_modules": modules or None}, tensors | saved | rows
 
 
 def _saved_in(keys: Mapping[str, Any], skeleton: Skeleton, stored: Mapping[str, Tensor]) -> dict[str, str]:

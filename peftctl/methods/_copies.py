@@ -44,6 +44,10 @@ class Copies(Delta):
     def folds(self) -> tuple[str, ...]:
         return tuple(self._values())
 
+    def shape(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
+        own = tuple(self._values()[name].shape)
+        return own if own[1:] == stored[1:] and own[:1] > stored[:1] else stored  # a vocabulary that was grown
+
     def mirrors(self) -> tuple[str, ...]:
         return tuple(self.elsewhere)
 

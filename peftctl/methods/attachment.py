@@ -32,6 +32,10 @@ class Delta(nn.Module):
         """Everything that is saved, by a name relative to the delta."""
         return dict(self.named_parameters())
 
+    def written(self) -> dict[str, Tensor]:
+        """The same as an adapter's file holds it."""
+        return self.tensors()
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """What is trained; a subset of `tensors`."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -58,6 +62,10 @@ class Delta(nn.Module):
     def folds(self) -> tuple[str, ...]:
         """Names of the module's parameters that `fold` changes (`weight`, `bias`)."""
         return ()
+
+    def shape(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Of what `fold` makes of a parameter that is stored in this shape."""
+        return stored
 
     def mirrors(self) -> tuple[str, ...]:
         """Those of `folds` that are tied to a parameter elsewhere, where the same change is made by another delta."""
@@ -115,11 +123,12 @@ class Attachment(nn.Module):
             for path, delta, source in zip(self.paths, self.deltas, self.sources, strict=True)
         ]
 
-    def extend(self, places: Sequence[Injected]) -> None:
-        """Add places of another kind, before the hooks are hung."""
-        self.deltas.extend(place.delta for place in places)
-        self.paths += [place.path for place in places]
-        self.sources += [place.source for place in places]
+    def extend(self, places: Sequence[Injected], first: bool = False) -> None:
+        """Add places of another kind, before the hooks are hung. `first`: they are applied before those there are."""
+        every = [*places, *self.places] if first else [*self.places, *places]
+        self.deltas = nn.ModuleList(place.delta for place in every)
+        self.paths = [place.path for place in every]
+        self.sources = [place.source for place in every]
 
     def named_deltas(self) -> Iterator[tuple[str, Delta]]:
         """Each delta with the prefix of its saved names; a shared one has none."""
@@ -131,6 +140,10 @@ class Attachment(nn.Module):
         """Everything saved, under `path.name`."""
         return {dotted(path, n): t for path, delta in self.named_deltas() for n, t in delta.tensors().items()}
 
+    def written(self) -> dict[str, Tensor]:
+        """Everything that an adapter's file holds, under `path.name`."""
+        return {dotted(path, n): t for path, delta in self.named_deltas() for n, t in delta.written().items()}
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything trained, under `path.name`."""
         return {dotted(path, n): p for path, delta in self.named_deltas() for n, p in delta.trainable().items()}
@@ -141,14 +154,10 @@ class Attachment(nn.Module):
 
     def fit(self, tensors: Mapping[str, Tensor], origin: str = "adapter") -> None:
         """Refuse saved values of which a name is missing, unknown, or of another shape. Raises FormatError."""
-        own = self.tensors()
-        wrong = [f"{n}: missing, {tuple(own[n].shape)} expected" for n in own if n not in tensors]
-        wrong += [f"{n}: {tuple(t.shape)}, not part of this adapter" for n, t in tensors.items() if n not in own]
-        wrong += [
-            f"{n}: {tuple(t.shape)}, {tuple(own[n].shape)} expected"
-            for n, t in tensors.items()
-            if n in own and t.shape != own[n].shape
-        ]
+        own, found = ({n: tuple(t.shape) for n, t in some.items()} for some in (self.tensors(), tensors))
+        wrong = [f"{n}: missing, {shape} expected" for n, shape in own.items() if n not in found]
+        wrong += [f"{n}: {shape}, not part of this adapter" for n, shape in found.items() if n not in own]
+        wrong += [f"{n}: {found[n]}, {own[n]} expected" for n in found if found[n] != own.get(n, found[n])]
         if wrong:
             raise FormatError(f"{origin} does not fit this base: {several(wrong)}")
 
