@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftctl.errors import InputError, SaveError, suggest
-from peftctl.formats import adapterhub, gguf_adapter, peft, vllm
+from peftctl.formats import adapterhub, gguf_adapter, origin, peft, vllm
 from peftctl.opened import Found, find
 from peftctl.run_folder import written_aside
 from peftctl.storage import TEMPORARY
@@ -52,6 +52,10 @@ def export(
 def _to_peft(found: Found, output: Path, server: str | None, name: str) -> list[str]:
     adapter = found.adapter
     assert adapter is not None
+    if adapter.method.likeness is not None and server is None:
+        with written_aside(output) as folder:
+            peft.write_likeness(folder, adapter.method, adapter.config, found.skeleton, adapter.tensors, found.base)
+        return ["peft loads it as a LoRA that trains biases, which is what it is read as here as well"]
     if adapter.method.exchange is None:
         raise InputError(f"--to peft: the peft package has no {adapter.method.name} adapters; {_instead(found)}")
     keys, stored = peft.as_peft(adapter.method, adapter.config, found.skeleton, adapter.tensors)
@@ -78,7 +82,7 @@ def _to_adapterhub(found: Found, output: Path, server: str | None, name: str) ->
     assert adapter is not None
     if not name.isidentifier():
         raise InputError(f"--name: {name!r} becomes a part of the tensors' names: use letters, digits and _")
-    base = peft.lasting_name(found.base)
+    base = origin.lasting_name(found.base)
     with written_aside(output) as folder:
         adapterhub.write(folder, adapter.config, found.skeleton, adapter.tensors, base, name)
     return [f"load it with model.load_adapter({str(output)!r}, use_safetensors=True), which calls it {name}"]

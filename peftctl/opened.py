@@ -50,7 +50,7 @@ def find(
     Raises InputError.
     """
     from peftctl.adapter import fit
-    from peftctl.formats import peft
+    from peftctl.formats import origin, peft
 
     folder = adapter_folder(path)
     if folder is None:
@@ -58,15 +58,15 @@ def find(
         resolved = resolved._replace(task=task_of(resolved.settings()))
         skeleton = models.skeleton(resolved, trust_remote_code=trust_remote_code)
         return Found(resolved, skeleton, None, _tokenizer(resolved.tokenizer, path))
-    name, revision = peft.base_of(folder)
+    name, revision = origin.base_of(folder)
     if base is None and name is None:
         raise FormatError(f"{folder} does not say what its base is: name it with --base")
     resolved = bases.resolve(base or str(name), None if base else revision, trust_remote_code=trust_remote_code)
-    resolved = peft.asked(resolved, folder)
+    resolved = origin.asked(resolved, folder)
     skeleton = models.skeleton(resolved, trust_remote_code=trust_remote_code)
     own = folder if (folder / "tokenizer.json").is_file() else resolved.tokenizer
     adapter = peft.read(folder, skeleton)
-    if (unlike := peft.other_base(adapter, resolved)) is not None:
+    if (unlike := origin.other_base(folder, adapter.trained_on, adapter.fingerprint, resolved)) is not None:
         if base is None:
             raise ModelError(f"{unlike}: name the base with --base; what it names is used all the same")
         notice(f"{unlike}; going on with what --base names")

@@ -185,7 +185,7 @@ class _Adapters(NamedTuple):
         if path is None:
             return None
         from peftctl.adapter import fit
-        from peftctl.formats import peft
+        from peftctl.formats import origin, peft
         from peftctl.opened import adapter_folder
 
         folder, method = adapter_folder(path), self.recipe.method
@@ -194,7 +194,7 @@ class _Adapters(NamedTuple):
         adapter = peft.read(folder, self.skeleton)
         if adapter.method.name != method.name:
             raise InputError(f"{key}: {folder} holds {adapter.method.name}, the recipe asks for {method.name}")
-        if (unlike := peft.other_base(adapter, self.base)) is not None:
+        if (unlike := origin.other_base(folder, adapter.trained_on, adapter.fingerprint, self.base)) is not None:
             rewrite = f"; peftctl export --to peft --base {self.base.name} would write it as one for these"
             raise InputError(f"{key}: {unlike}{rewrite if adapter.method.exchange else ''}")
         theirs, ours = (config.meaning(self.skeleton) for config in (adapter.config, method))
@@ -202,8 +202,8 @@ class _Adapters(NamedTuple):
         differing = [f"{what} {theirs[what]}, not {ours[what]}" for what in unequal]
         if differing:
             raise InputError(f"{key}: {folder} has {several(differing)}; set method as it was set for that adapter")
-        trust, origin = self.trust_remote_code, f"{key} {folder}"
-        fit(self.base, adapter.method, method, adapter.tensors, origin, trust_remote_code=trust)
+        trust, what = self.trust_remote_code, f"{key} {folder}"
+        fit(self.base, adapter.method, method, adapter.tensors, what, trust_remote_code=trust)
         return adapter
 
 

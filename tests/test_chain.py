@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from peftctl import opened
 from peftctl.errors import InputError
-from peftctl.formats.peft import base_of
+from peftctl.formats.origin import base_of
 from peftctl.merging import merge
 from tests import runs
 from tests.models import logits

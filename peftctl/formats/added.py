@@ -41,19 +41,19 @@ def whole(base: Base, skeleton: Skeleton, rows: Mapping[str, Tensor]) -> dict[st
     for name, tensor in rows.items():
         path, _, ours = name.rpartition(".")
         full = dotted(path, OURS[ours])
-        own = _stored(base, skeleton, full).to(tensor.dtype)
+        own = stored(base, skeleton, full).to(tensor.dtype)
         new = skeleton.rows
         assert new is not None
         found[full] = torch.cat([own[: new.first], tensor.detach().cpu(), own[new.first + new.number :]])
     return found | {alias: found[first] for alias, first in skeleton.tied.items() if first in found}
 
 
-def _stored(base: Base, skeleton: Skeleton, full: str) -> Tensor:
+def stored(base: Base, skeleton: Skeleton, full: str) -> Tensor:
     """A parameter of the base from its files, which may leave out the model's prefix, or hold a tied one elsewhere."""
     from safetensors import safe_open
 
     if base.weights is None:
-        raise FormatError(f"{base.name} has no weights yet, so its embeddings cannot be written")
+        raise FormatError(f"{base.name} has no weights yet, so they cannot be written")
     tied = {full, *(alias for alias, first in skeleton.tied.items() if first == full)}
     for shard in shards(base.weights):
         for entry in shard.entries:
@@ -61,7 +61,7 @@ def _stored(base: Base, skeleton: Skeleton, full: str) -> Tensor:
                 with safe_open(shard.path, "pt") as file:
                     tensor: Tensor = file.get_tensor(entry.name)
                 return tensor
-    raise FormatError(f"{base.name} has no tensor {full} in its files, so its grown form cannot be written")
+    raise FormatError(f"{base.name} has no tensor {full} in its files, so it cannot be written")
 
 
 def cut(skeleton: Skeleton, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,8 +79,10 @@ def cut(skeleton: Skeleton, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def held(skeleton: Skeleton, prefix: str, stored: Iterable[str]) -> dict[str, str]:
     """The stored names of whole embeddings and heads, each with its full name here; `prefix` is peft's."""
-    full = [dotted(m.path, name) for m in skeleton.modules if m.path in skeleton.vocabulary for name in m.shapes]
-    return {prefix + name: name for name in full if prefix + name in set(stored)}
+    known, vocabulary = set(stored), [m for m in skeleton.modules if m.path in skeleton.vocabulary]
+    whole = [m for m in vocabulary if f"{prefix}{dotted(m.path, 'weight')}" in known]  # a bias may stand there alone
+    full = [dotted(m.path, name) for m in whole for name in m.shapes]
+    return {prefix + name: name for name in full if prefix + name in known}
 
 
 def recorded(facts: Mapping[str, Any], folder: Path) -> NewRows | None:

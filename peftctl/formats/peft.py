@@ -8,7 +8,7 @@ manifest.json has the checksums of all; folders of other programs lack both.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from peftctl import methods
 from peftctl.base import Base
 from peftctl.errors import FormatError, TargetError
-from peftctl.formats import adapterhub, added, heads
-from peftctl.formats.shards import fingerprint
+from peftctl.formats import adapterhub, added, heads, origin
+from peftctl.formats.origin import CONFIG, FORMAT, OURS, WEIGHTS
 from peftctl.formats.shards import read as read_header
 from peftctl.methods.base import Exchange, Method, MethodConfig
 from peftctl.methods.whole import named
@@ -28,10 +28,6 @@ from peftctl.storage import MANIFEST, seal, verify
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-OURS = "peftctl.json"
-FORMAT = 1
 PROMPTS = frozenset({"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"})  # nothing of the model is changed
 OWN_TYPE = "PEFTCTL"  # peft refuses it by name, as it should
 
@@ -58,18 +54,47 @@ def write(
     tensors: Mapping[str, Tensor],
     base: Base,
 ) -> None:
-    """Write them into an existing folder, and a task's config beside them. Raises OSError."""
+    """Write them into an existing folder, and a task's config beside them. Raises FormatError, OSError."""
+    keys, stored = as_peft(method, config, skeleton, tensors)
+    facts = origin.facts(base, skeleton)
+    if method.exchange is not None:
+        stored |= _grown(keys, skeleton, tensors, base)
+    document = {"format": FORMAT, "method": json.loads(config.model_dump_json()), "base": facts}
+    (folder / OURS).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    _files(folder, keys, stored, base, skeleton)
+
+
+def write_likeness(
+    folder: Path,
+    method: Method[Any],
+    config: MethodConfig,
+    skeleton: Skeleton,
+    tensors: Mapping[str, Tensor],
+    base: Base,
+) -> None:
+    """Write peft's files alone, of a method that peft lacks, as another of peft's that computes the same.
+
+    Raises FormatError where none does, OSError.
+    """
+    assert method.likeness is not None
+    keys, stored = _beside(
+        method.likeness()(lambda full: added.stored(base, skeleton, full)), config, skeleton, tensors
+    )
+    _files(folder, keys, stored | _grown(keys, skeleton, tensors, base), base, skeleton)
+
+
+def _grown(keys: Mapping[str, Any], skeleton: Skeleton, tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
+    rows = added.apart(skeleton, tensors)[0]
+    whole = added.whole(base, skeleton, rows) if rows else {}
+    return {_saved_prefix(keys) + name: tensor for name, tensor in whole.items()}
+
+
+def _files(folder: Path, keys: Mapping[str, Any], stored: Mapping[str, Tensor], base: Base, skeleton: Skeleton) -> None:
+    """Write peft's two files, a task's config where there is a head, and the manifest of all there are."""
     from safetensors.torch import save_file
 
-    keys, stored = as_peft(method, config, skeleton, tensors)
-    if method.exchange is not None and (rows := added.apart(skeleton, tensors)[0]):
-        grown = added.whole(base, skeleton, rows)
-        stored |= {_saved_prefix(keys) + name: tensor for name, tensor in grown.items()}
-    facts = _facts(base, skeleton)
-    keys = keys | {"base_model_name_or_path": facts["name"], "revision": facts["revision"]}
-    document = {"format": FORMAT, "method": json.loads(config.model_dump_json()), "base": facts}
-    (folder / CONFIG).write_text(json.dumps(keys, indent=2, sort_keys=True) + "\n", "utf-8")
-    (folder / OURS).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    own = {"base_model_name_or_path": origin.lasting_name(base), "revision": base.revision}
+    (folder / CONFIG).write_text(json.dumps({**keys, **own}, indent=2, sort_keys=True) + "\n", "utf-8")
     # contiguous and apart: the format stores neither strides nor shared memory
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in stored.items()}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
@@ -86,6 +111,16 @@ def as_peft(
     """
     if method.exchange is None:
         return {"peft_type": OWN_TYPE, "inference_mode": True}, dict(tensors)
+    return _beside(method.exchange().write, config, skeleton, tensors)
+
+
+def _beside(
+    write: Callable[[Any, Skeleton, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]],
+    config: MethodConfig,
+    skeleton: Skeleton,
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write` makes of a method's own tensors, with the saved modules and a task's head beside it."""
     tensors = added.apart(skeleton, tensors)[1]
     paths = [path for name in config.save_modules or () for path in named(skeleton, name)] + heads.tops(skeleton)
     full = {
@@ -95,7 +130,7 @@ def as_peft(
         if any(f"{m.path}.".startswith(f"{path}.") for path in paths)
     }
     own = {name: tensor for name, tensor in tensors.items() if name not in full.values()}
-    keys, stored = method.exchange().write(config, skeleton, own)
+    keys, stored = write(config, skeleton, own)
     if not paths:
         return keys, stored
     prefix = _saved_prefix(keys)
@@ -107,65 +142,20 @@ def _saved_prefix(keys: Mapping[str, Any]) -> str:
     return "base_model." if keys["peft_type"] in PROMPTS else "base_model.model."
 
 
-def _facts(base: Base, skeleton: Skeleton) -> dict[str, Any]:
-    """What finds the base again, and tells whether it is the same one."""
-    return {
-        "name": lasting_name(base),
-        "revision": base.revision,
-        "rows": None if base.rows is None else base.rows._asdict(),
-        "architecture": skeleton.architecture,
-        "weights": fingerprint(base.weights) if base.weights is not None else None,
-    }
-
-
-def other_base(adapter: Adapter, base: Base) -> str | None:
-    """What is said of an adapter that was trained on other weights than this base's; None where it was not.
-
-    Of an adapter that does not say what it was trained on nothing is known.
-    """
-    if adapter.fingerprint is None or base.weights is None or adapter.fingerprint == fingerprint(base.weights):
-        return None
-    name = lasting_name(base)
-    told = f"and {name} holds other weights" if name != adapter.trained_on else "whose weights have changed since"
-    return f"{adapter.folder} was trained on {adapter.trained_on}, {told}"
-
-
-def lasting_name(base: Base) -> str:
-    """The name by which a base is found from anywhere."""
-    return base.name if base.revision is not None else str(Path(base.name).resolve())
-
-
-def asked(base: Base, folder: Path) -> Base:
-    """The base of an adapter, asked for what the adapter was trained for. Raises FormatError."""
-    weights = folder / WEIGHTS
-    ours = _ours(folder)["base"] if (folder / OURS).is_file() else None
-    rows = added.guessed(base, weights) if ours is None else added.recorded(ours, folder)
-    return base._replace(task=heads.read(folder, _json(folder / CONFIG), weights, base), rows=rows)
-
-
-def base_of(folder: Path) -> tuple[str | None, str | None]:
-    """Name and revision of the base that an adapter was made for, as far as it says. Raises FormatError."""
-    keys = _json(folder / CONFIG)
-    name, revision = keys.get("base_model_name_or_path"), keys.get("revision")
-    if "peft_type" not in keys:
-        name = keys.get("model_name") or None  # adapter-hub's word for it
-    return (name if isinstance(name, str) else None), (revision if isinstance(revision, str) else None)
-
-
 def read(folder: Path, skeleton: Skeleton) -> Adapter:
     """An adapter of ours, of peft's or of adapter-hub's, for a base of this skeleton.
 
     Raises FormatError with what is wrong.
     """
     _intact(folder)
-    keys = _json(folder / CONFIG)
+    keys = origin.document(folder / CONFIG)
     kind = keys.get("peft_type")
     if kind is None and "config" in keys:
         return _adapterhub(folder, keys, skeleton)
     if kind is None:
         raise FormatError(f"{folder / CONFIG} is not an adapter's: it has no peft_type")
     stored = _tensors(folder)
-    ours = _ours(folder) if (folder / OURS).is_file() or kind == OWN_TYPE else None
+    ours = origin.ours(folder) if (folder / OURS).is_file() or kind == OWN_TYPE else None
     trained = ours["base"] if ours is not None else {}
     added.same(trained, skeleton, folder)
     if kind == OWN_TYPE and ours is not None:
@@ -262,15 +252,6 @@ def _exchange(folder: Path, keys: Mapping[str, Any], preferred: str | None) -> E
     return found
 
 
-def _ours(folder: Path) -> dict[str, Any]:
-    document = _json(folder / OURS)
-    parts = [document.get("method"), document.get("base")]
-    if document.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
-        found = document.get("format")
-        raise FormatError(f"{folder / OURS}: format {found!r} was written by another version; this one reads {FORMAT}")
-    return document | {"method": {k: v for k, v in document["method"].items() if k != "init_from"}}
-
-
 def _tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -285,15 +266,3 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} cannot be read: {error}") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise FormatError(f"{path} is not an adapter's config: it holds no keys")
-    return found

@@ -78,10 +78,16 @@ class Exchange(NamedTuple):
     claims: Callable[[Mapping[str, Any]], bool] = lambda keys: True
 
 
+Stored = Callable[[str], Any]  # a parameter of the base, by its full name
+Write = Callable[[Any, Skeleton, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Method(Generic[C]):
     """The one name that a method's folder exports.
 
+    `likeness`: of a method that peft lacks, how it is written as another of peft's that computes the same; as
+    `Exchange.write`, from the base's own values. Nothing reads it back: it is an adapter of that other method then.
     `count` raises TargetError where the method cannot serve the skeleton, and so does `attach`, by the same rules.
     """
 
@@ -93,3 +99,4 @@ class Method(Generic[C]):
     count: Callable[[Skeleton, C], Counted]
     attach: Callable[[nn.Module, C], Attachment]
     exchange: Callable[[], Exchange] | None = field(default=None)
+    likeness: Callable[[], Callable[[Stored], Write]] | None = field(default=None)

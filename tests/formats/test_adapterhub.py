@@ -17,7 +17,8 @@ from peftctl.adapter import attach
 from peftctl.errors import FormatError, InputError
 from peftctl.formats import adapterhub
 from peftctl.formats.adapterhub import CONFIG, LAYOUTS, WEIGHTS
-from peftctl.formats.peft import base_of, read
+from peftctl.formats.origin import base_of
+from peftctl.formats.peft import read
 from peftctl.methods.attachment import Attachment
 from peftctl.methods.base import MethodConfig
 from peftctl.surgery import skeleton

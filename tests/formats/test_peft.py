@@ -18,7 +18,9 @@ from peftctl import methods
 from peftctl.adapter import attach, fit
 from peftctl.base import Base, resolve
 from peftctl.errors import FormatError, InputError
-from peftctl.formats.peft import CONFIG, OURS, OWN_TYPE, WEIGHTS, base_of, other_base, read, write
+from peftctl.formats.origin import CONFIG, OURS, WEIGHTS, base_of
+from peftctl.formats.origin import other_base as unlike
+from peftctl.formats.peft import OWN_TYPE, Adapter, read, write
 from peftctl.formats.shards import fingerprint
 from peftctl.methods.attachment import Attachment
 from peftctl.methods.base import MethodConfig
@@ -46,6 +48,10 @@ BLOCKS: dict[str, dict[str, Any]] = {
 def base(tmp_path: Path) -> Base:
     tiny("llama").save_pretrained(tmp_path / "base")
     return resolve(str(tmp_path / "base"))
+
+
+def other_base(adapter: Adapter, base: Base) -> str | None:
+    return unlike(adapter.folder, adapter.trained_on, adapter.fingerprint, base)
 
 
 def disturbed(name: str) -> tuple[MethodConfig, Attachment]:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from peftctl.errors import TargetError, Unfoldable
+from peftctl import opened
+from peftctl.base import resolve
+from peftctl.errors import FormatError, TargetError, Unfoldable
+from peftctl.exporting import export
+from peftctl.formats import peft as peft_format
+from peftctl.formats.peft import write
+from peftctl.merging import merge
 from peftctl.methods.bitfit import METHOD, BitfitConfig
 from peftctl.surgery import find, skeleton
-from tests.methods import contract
-from tests.models import tiny
+from tests.methods import contract, exchange
+from tests.models import logits, tiny
+from tests.runs import CONFIGS
 
 
 def bitfit(**keys: Any) -> BitfitConfig:
@@ -81,3 +92,61 @@ def test_an_added_bias_cannot_be_folded_but_the_others_can() -> None:
             continue
         with pytest.raises(Unfoldable, match="the architecture has no bias there"):
             delta.fold("bias", module.weight)
+
+
+def exported(name: str, folder: Path, **keys: Any) -> tuple[Any, torch.Tensor]:
+    """A disturbed adapter of a base on disk, exported in peft's form; that base, and our logits."""
+    tiny(name).save_pretrained(folder / "base")
+    shutil.copytree(CONFIGS / "tokenizer", folder / "base", dirs_exist_ok=True)
+    chosen = bitfit(**keys)
+    model, attachment = contract.attached(chosen, name)
+    contract.disturb(attachment)
+    (folder / "adapter").mkdir()
+    base = resolve(str(folder / "base"))
+    write(folder / "adapter", METHOD, chosen, skeleton(model), attachment.tensors(), base)
+    expected = contract.answer(model, attachment)
+    export(str(folder / "adapter"), folder / "theirs", to="peft")
+    return base, expected
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("biases", ["all", "query+mlp"])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "bloom", "gptj"])
+def test_peft_computes_the_same_from_the_form_of_a_lora(name: str, biases: str, tmp_path: Path) -> None:
+    if biases == "query+mlp" and name != "opt":
+        return
+    _, expected = exported(name, tmp_path, biases=biases)
+    assert {p.name for p in (tmp_path / "theirs").iterdir()} == {
+        peft_format.CONFIG,
+        peft_format.WEIGHTS,
+        "manifest.json",
+    }
+    torch.testing.assert_close(exchange.theirs(tmp_path / "theirs", name), expected, rtol=1e-5, atol=1e-5)
+    again = opened.find(str(tmp_path / "theirs"))
+    assert again.adapter is not None and again.adapter.method.name == "lora"
+    ours = opened.open(again, device="cpu").policy.model
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_replaces_biases_and_touches_nothing_else(tmp_path: Path) -> None:
+    exported("gpt2", tmp_path)
+    merge([str(tmp_path / "adapter")], tmp_path / "merged")
+    merge([str(tmp_path / "theirs")], tmp_path / "again")
+    changes = {
+        f"{name.removeprefix('transformer.')}": t
+        for name, t in load_file(tmp_path / "adapter" / peft_format.WEIGHTS).items()
+    }
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    assert len(changes) > 10
+    for name, tensor in before.items():
+        change = changes.get(name.removeprefix("transformer."))
+        assert torch.equal(after[name], tensor if change is None else tensor + change)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "merged" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_bias_that_the_base_lacks_has_no_form_in_peft(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"holds no bias that the base lacks, as \S+ and \d+ more; serve the adapter"):
+        exported("llama", tmp_path, add_missing=True)
+    assert not (tmp_path / "theirs").exists()

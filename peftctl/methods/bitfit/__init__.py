@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from peftctl.methods.base import Counted, Method, MethodConfig, Traits
+from peftctl.methods.base import Counted, Method, MethodConfig, Stored, Traits, Write
 from peftctl.skeleton import Skeleton, covered
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ def _attach(model: nn.Module, config: BitfitConfig) -> Attachment:
     return attach(model, config)
 
 
+def _likeness() -> Callable[[Stored], Write]:
+    from peftctl.methods.bitfit.peft import as_lora
+
+    return as_lora
+
+
 METHOD = Method(
     name="bitfit",
     summary="the biases alone",
@@ -51,4 +58,5 @@ METHOD = Method(
     traits=_traits,
     count=_count,
     attach=_attach,
+    likeness=_likeness,
 )
