@@ -34,8 +34,9 @@ def deltas(model: nn.Module, method: Method[Any], config: MethodConfig) -> Attac
     if config.save_modules is not None:
         attachment.extend(copied(model, saved(table, config.save_modules, attachment.paths)))
     by_method = attachment.places
-    attachment.extend(added(model, {path for path, delta, _ in by_method if delta.stands_in}), first=True)
-    refuse_rewrites(by_method, set(table.vocabulary))
+    if table.rows is not None:
+        attachment.extend(added(model, {path for path, delta, _ in by_method if delta.stands_in}), first=True)
+        refuse_rewrites(by_method, set(table.vocabulary))
     if table.added:
         attachment.extend(copied(model, whole(table.added)))
     return attachment
