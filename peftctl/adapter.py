@@ -42,6 +42,12 @@ def deltas(model: nn.Module, method: Method[Any], config: MethodConfig) -> Attac
     return attachment
 
 
+def possible(base: Base, method: Method[Any], config: MethodConfig, *, trust_remote_code: bool = False) -> None:
+    """Refuse what attaching would refuse, before a weight is read. Raises TargetError."""
+    with torch.device("meta"):
+        deltas(models.empty(base, trust_remote_code=trust_remote_code), method, config)
+
+
 def fit(
     base: Base,
     method: Method[Any],

@@ -35,15 +35,17 @@ def count(base: Base, method: Method[Any], config: MethodConfig, *, trust_remote
     table = skeleton(base, trust_remote_code=trust_remote_code)
     counted = method.count(table, config)
     whole = saved(table, config.save_modules, counted.places).sizes(table)
-    if table.rows is not None:
-        trained = table.row_sizes(table.rows.number)
-        whole |= {path: size for path, size in trained.items() if path not in counted.places | whole}
     whole |= {m.path: m.parameters() for m in table.added if m.shapes}
-    own, beside, total = counted.total, sum(whole.values()), table.parameters()
+    rows = {} if table.rows is None else table.row_sizes(table.rows.number)
+    # where the matrix is trained as it is, its new rows are among the others
+    sizes = {m.path: m.parameters() for m in table.modules}
+    rows = {p: n for p, n in rows.items() if p not in whole and counted.places.get(p) != sizes[p]}
+    own, beside, total = counted.total, sum(whole.values()) + sum(rows.values()), table.parameters()
     trainable = own + beside
     percent = 100 * trainable / (trainable + total)
-    places, rows = counted.places | whole, table.rows
-    summary = counted.summary if rows is None else f"{counted.summary}; {rows.number} new tokens"
+    places = counted.places | whole
+    places |= {path: size + places.get(path, 0) for path, size in rows.items()}
+    summary = counted.summary if table.rows is None else f"{counted.summary}; {table.rows.number} new tokens"
     return Counts(own, beside, trainable, total, trainable + total, percent, summary, places)
 
 

@@ -54,8 +54,9 @@ def _to_peft(found: Found, output: Path, server: str | None, name: str) -> list[
     assert adapter is not None
     if adapter.method.likeness is not None and server is None:
         with written_aside(output) as folder:
-            peft.write_likeness(folder, adapter.method, adapter.config, found.skeleton, adapter.tensors, found.base)
-        return ["peft loads it as a LoRA that trains biases, which is what it is read as here as well"]
+            form = (adapter.method, adapter.config, found.skeleton, adapter.tensors, found.base)
+            kind = peft.write_likeness(folder, *form)
+        return [f"peft loads it as {kind}, which is what it is read as here from now on"]
     if adapter.method.exchange is None:
         raise InputError(f"--to peft: the peft package has no {adapter.method.name} adapters; {_instead(found)}")
     keys, stored = peft.as_peft(adapter.method, adapter.config, found.skeleton, adapter.tensors)

@@ -62,6 +62,10 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     base, chat = base_and_chat(recipe, trust_remote_code=trust, now=options.now)
     recipe, base = asked(recipe, base)
     recipe = recipe.model_copy(update={"method": recipe.method.tokenized(chat.encode)})
+    if base.rows is not None:
+        from peftctl.adapter import possible
+
+        possible(base, methods.get(recipe.method.name), recipe.method, trust_remote_code=trust)
     counts = count(base, methods.get(recipe.method.name), recipe.method, trust_remote_code=trust)
     skeleton = models.skeleton(base, trust_remote_code=trust)
     with tokenising(options.quiet) as shown:

@@ -199,6 +199,11 @@ def _by_regex(skeleton: Skeleton, candidates: list[Module], pattern: str, key: s
             f"{key}: the regular expression {pattern!r} matches no whole module path of {skeleton.architecture}"
             f"{hint}; {_kinds(candidates)}"
         )
+    if [m.path for m in chosen] == [skeleton.head]:  # found by accident, it would train next to nothing
+        raise TargetError(
+            f"{key}: the regular expression {pattern!r} matches the output head alone; where that is meant, name it in "
+            f"a list: [{skeleton.head}]"
+        )
     return chosen
 
 

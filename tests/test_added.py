@@ -27,6 +27,7 @@ from peftctl.methods.attachment import Attachment
 from peftctl.model import load as load_model
 from peftctl.model import skeleton as table_of
 from peftctl.opened import policy_of
+from peftctl.plan import Options, plan
 from peftctl.row import Row
 from peftctl.skeleton import NewRows
 from peftctl.surgery import skeleton
@@ -53,7 +54,7 @@ def based(name: str, folder: Path, spare: int = 0, **config: Any) -> Base:
 
 def attached(base: Base, method: str = "lora", moved: bool = True, **keys: Any) -> tuple[Any, Attachment, Any]:
     model = load_model(base, "auto", "cpu", 0)
-    config = methods.get(method).config(name=method, **BLOCKS.get(method, {}), **keys)
+    config = methods.get(method).config(name=method, **(BLOCKS.get(method, {}) | keys))
     attachment = attach(model, methods.get(method), config, 0).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -171,6 +172,25 @@ def test_read_again_it_answers_the_same_and_so_does_peft(name: str, method: str,
     theirs.resize_token_embeddings(VOCABULARY + 3)
     wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     torch.testing.assert_close(answers(wrapped), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "targets"), [("llama", ["embed_tokens", "lm_head", "q_proj"]), ("gpt2", ["c_fc"])])
+def test_beside_products_on_the_same_matrices(name: str, targets: list[str], tmp_path: Path) -> None:
+    base = based(name, tmp_path)
+    config = methods.get("lora").config(name="lora", rank=2, target_modules=targets)
+    model, attachment = written(base, tmp_path / "adapter", "lora", target_modules=targets)
+    counts = count(base, methods.get("lora"), config)
+    assert counts.trainable == sum(p.numel() for p in attachment.trainable().values()) == sum(counts.places.values())
+    found = opened.open(opened.find(str(tmp_path / "adapter")), device="cpu").policy.model
+    assert torch.equal(answers(found), answers(model))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs.resize_token_embeddings(VOCABULARY + 3)
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    torch.testing.assert_close(answers(wrapped), answers(model), rtol=1e-5, atol=1e-5)
+    merge([str(tmp_path / "adapter")], tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(answers(merged), answers(model), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -316,5 +336,9 @@ def test_what_cannot_be_added_is_said_before_anything_is_loaded(tokens: list[str
 
 
 def test_a_method_that_would_not_see_the_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"lm_head has rows of model\.add_tokens, so this method cannot change it"):
+    said = r"lm_head has rows of model\.add_tokens, so this method cannot change it"
+    with pytest.raises(InputError, match=said):
         attached(based("llama", tmp_path), "dora", rank=2, target_modules=["lm_head"])
+    contents = runs.document("dora", "sft", model={"add_tokens": ["<a>"]}, method={"target_modules": ["lm_head"]})
+    with pytest.raises(InputError, match=said):
+        plan(runs.loaded(tmp_path / "run", contents), Options())

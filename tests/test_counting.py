@@ -155,7 +155,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["self_attn"]}, "'self_attn' is a LlamaAttention, which this method cannot adapt"),
     ({"target_modules": ["layers"]}, "'layers' is a ModuleList, which this method cannot adapt"),
     ({"target_modules": ".*mlp"}, "matches no whole module path"),
-    ({"target_modules": "lm_head", "layers": [0]}, "'lm_head' matches no module"),
+    ({"target_modules": ["lm_head"], "layers": [0]}, "['lm_head'] matches no module"),
+    ({"target_modules": "lm_head"}, "matches the output head alone; where that is meant, name it in a list"),
     ({"layers": [2]}, "2 is not a layer of LlamaForCausalLM; 0 to 1 are"),
 ]
 

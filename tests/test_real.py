@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from peftctl import base as bases
-from peftctl import commands, methods, model, recipe
+from peftctl import commands, methods, model, objectives, opened, recipe
 from peftctl.batch import build
 from peftctl.data.chat import Chat
 from peftctl.opened import policy_of
 from peftctl.plan import Options, plan
 from peftctl.policy import Layout, Policy
-from peftctl.row import Message
+from peftctl.row import Message, Row
 from peftctl.run import train
 from peftctl.skeleton import Skeleton
 
@@ -63,8 +63,25 @@ def test_the_template_is_the_one_of_transformers() -> None:
         assert list(chat.dialogue([Message(**m) for m in messages])[0]) == expected
 
 
+@torch.no_grad()
+def opens_in_peft(adapter: Path) -> None:
+    """peft finds base and tokenizer by itself, and gives every token of a sentence the same probability."""
+    import peft
+    from transformers import AutoTokenizer
+
+    ids = tuple(AutoTokenizer.from_pretrained(adapter)("An adapter is a small change of a large model.").input_ids)
+    policy = opened.open(opened.find(str(adapter)), device="cpu", dtype="float32").policy
+    ours = policy.tokens(build([Row(ids, (1.0,) * len(ids))])).logprob
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
+    said = torch.tensor([ids])
+    logits = theirs(input_ids=said, attention_mask=torch.ones_like(said)).logits[0, -len(ids) :]
+    expected = logits.float().log_softmax(-1)[:-1].gather(-1, said[0, 1:, None])[:, 0]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own remarks
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_trains_and_merges_where_it_can(
+def test_every_recipe_trains_merges_where_it_can_and_opens_in_peft(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -75,6 +92,11 @@ def test_every_recipe_trains_and_merges_where_it_can(
     if wanted.objective.name == "dpo":
         assert events[0]["loss"] == float(torch.tensor(math.log(2), dtype=torch.float32))
     assert result["steps"] == 3 and result["proof"]["moved"] > 0
+    if (
+        methods.get(wanted.method.name).exchange is not None
+        and objectives.get(wanted.objective.name).task == "causal-lm"
+    ):
+        opens_in_peft(Path(result["adapter"]))
     if methods.get(wanted.method.name).traits(wanted.method).foldable:
         merged = commands.merge([result["adapter"]], tmp_path / "merged", None, None, True, False, True)
         assert merged["max_logit_difference"] < 3

@@ -77,12 +77,22 @@ def cut(skeleton: Skeleton, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def name(prefix: str, full: str, stored: Iterable[str]) -> str:
+    """peft's name of a whole matrix: of a module that is adapted as well, that of what is inside."""
+    path, _, parameter = full.rpartition(".")
+    wrapped = any(other.startswith(f"{prefix}{path}.lora_") for other in stored)
+    return f"{prefix}{path}.base_layer.{parameter}" if wrapped else prefix + full
+
+
 def held(skeleton: Skeleton, prefix: str, stored: Iterable[str]) -> dict[str, str]:
     """The stored names of whole embeddings and heads, each with its full name here; `prefix` is peft's."""
-    known, vocabulary = set(stored), [m for m in skeleton.modules if m.path in skeleton.vocabulary]
-    whole = [m for m in vocabulary if f"{prefix}{dotted(m.path, 'weight')}" in known]  # a bias may stand there alone
-    full = [dotted(m.path, name) for m in whole for name in m.shapes]
-    return {prefix + name: name for name in full if prefix + name in known}
+    known, found = set(stored), dict[str, str]()
+    for module in skeleton.modules:
+        names = {name(prefix, dotted(module.path, own), known): dotted(module.path, own) for own in module.shapes}
+        # a bias may stand there alone
+        if module.path in skeleton.vocabulary and name(prefix, dotted(module.path, "weight"), known) in known:
+            found |= {theirs: full for theirs, full in names.items() if theirs in known}
+    return found
 
 
 def recorded(facts: Mapping[str, Any], folder: Path) -> NewRows | None:

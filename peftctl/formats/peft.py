@@ -8,7 +8,7 @@ manifest.json has the checksums of all; folders of other programs lack both.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,7 +58,7 @@ def write(
     keys, stored = as_peft(method, config, skeleton, tensors)
     facts = origin.facts(base, skeleton)
     if method.exchange is not None:
-        stored |= _grown(keys, skeleton, tensors, base)
+        stored |= _grown(keys, stored, skeleton, tensors, base)
     document = {"format": FORMAT, "method": json.loads(config.model_dump_json()), "base": facts}
     (folder / OURS).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
     _files(folder, keys, stored, base, skeleton)
@@ -71,22 +71,26 @@ def write_likeness(
     skeleton: Skeleton,
     tensors: Mapping[str, Tensor],
     base: Base,
-) -> None:
+) -> str:
     """Write peft's files alone, of a method that peft lacks, as another of peft's that computes the same.
 
-    Raises FormatError where none does, OSError.
+    Answers peft's name of that one. Raises FormatError where none does, OSError.
     """
     assert method.likeness is not None
     keys, stored = _beside(
         method.likeness()(lambda full: added.stored(base, skeleton, full)), config, skeleton, tensors
     )
-    _files(folder, keys, stored | _grown(keys, skeleton, tensors, base), base, skeleton)
+    _files(folder, keys, stored | _grown(keys, stored, skeleton, tensors, base), base, skeleton)
+    return str(keys["peft_type"])
 
 
-def _grown(keys: Mapping[str, Any], skeleton: Skeleton, tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
+def _grown(
+    keys: Mapping[str, Any], stored: Iterable[str], skeleton: Skeleton, tensors: Mapping[str, Tensor], base: Base
+) -> dict[str, Tensor]:
+    """The grown matrices of new tokens; `stored`: the names of all else in the file."""
     rows = added.apart(skeleton, tensors)[0]
     whole = added.whole(base, skeleton, rows) if rows else {}
-    return {_saved_prefix(keys) + name: tensor for name, tensor in whole.items()}
+    return {added.name(_saved_prefix(keys), full, stored): tensor for full, tensor in whole.items()}
 
 
 def _files(folder: Path, keys: Mapping[str, Any], stored: Mapping[str, Tensor], base: Base, skeleton: Skeleton) -> None:
@@ -206,6 +210,7 @@ def _exchanged(
         whole, rows = _saved_in(keys, skeleton, stored), dict[str, Any]()
         grown = added.held(skeleton, _saved_prefix(keys), set(stored) - set(whole))
         if preferred is None:  # another program's: nobody says that the other rows are the base's
+            grown = {name: full for name, full in grown.items() if ".base_layer." not in name}
             whole |= {name: skeleton.tied.get(full, full) for name, full in grown.items()}
         else:
             rows = added.cut(skeleton, {full: stored[name] for name, full in grown.items()})

@@ -43,9 +43,7 @@ FAULTS = (
     Fault(28, "a model with code of its own", "refused without --trust-remote-code; no recipe can set it"),
     Fault(29, "YAML that would run code", "refused with its line"),
     Fault(30, "YAML bombs", "refused at once"),
-    Fault(
-        31, "mistakes in a recipe", "all told, each at its place, with the nearest key", "a rank above the smaller side"
-    ),
+    Fault(31, "mistakes in a recipe", "all told, each at its place, with the nearest key"),
     Fault(32, "names that lead out of a folder", "refused"),
     Fault(33, "output with shell characters", "a plain path, nothing run"),
     Fault(34, "hostile chat templates", "refused in one line, within bounds"),

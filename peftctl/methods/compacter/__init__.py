@@ -51,6 +51,11 @@ def placed(skeleton: Skeleton, config: CompacterConfig) -> list[Place]:
         raise TargetError(
             f"method.phm_dim: {config.phm_dim} does not divide {hidden}, the hidden width of {skeleton.architecture}"
         )
+    most = min(hidden, config.width_in(hidden)) // config.phm_dim
+    if config.rank > most:
+        raise TargetError(
+            f"method.rank: {config.rank} is above {most}, the smaller side of a factor; use at most {most}"
+        )
     return places(skeleton, "houlsby" if config.preset == "compacter" else "pfeiffer")
 
 

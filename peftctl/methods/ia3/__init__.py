@@ -60,7 +60,7 @@ def scaled(skeleton: Skeleton, config: Ia3Config) -> Scaled:
 
 def _outputs(skeleton: Skeleton, targets: str | list[str] | None) -> tuple[Module, ...]:
     if targets is not None:
-        return select(skeleton, targets).modules if targets else ()
+        return select(skeleton, targets).modules if targets != [] else ()
     found: list[Module] = []
     for block in (attending for whole in every_block(skeleton) for attending in whole.attentions):
         projections = keys_and_values(skeleton, block)
@@ -75,7 +75,7 @@ def _outputs(skeleton: Skeleton, targets: str | list[str] | None) -> tuple[Modul
 
 def _inputs(skeleton: Skeleton, targets: str | list[str] | None) -> tuple[Module, ...]:
     if targets is not None:
-        return select(skeleton, targets, key="method.feedforward_modules").modules if targets else ()
+        return select(skeleton, targets, key="method.feedforward_modules").modules if targets != [] else ()
     found = []
     for block in every_block(skeleton):
         down = down_projection(skeleton, block)
