@@ -56,7 +56,7 @@ def _to_peft(found: Found, output: Path, server: str | None, name: str) -> list[
         with written_aside(output) as folder:
             form = (adapter.method, adapter.config, found.skeleton, adapter.tensors, found.base)
             kind = peft.write_likeness(folder, *form)
-        return [f"peft loads it as {kind}, which is what it is read as here from now on"]
+        return [f"peft loads it as {kind}"]
     if adapter.method.exchange is None:
         raise InputError(f"--to peft: the peft package has no {adapter.method.name} adapters; {_instead(found)}")
     keys, stored = peft.as_peft(adapter.method, adapter.config, found.skeleton, adapter.tensors)

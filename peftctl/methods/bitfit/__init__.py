@@ -45,9 +45,9 @@ def _attach(model: nn.Module, config: BitfitConfig) -> Attachment:
 
 
 def _likeness() -> Callable[[Stored], Write]:
-    from peftctl.methods.bitfit.peft import as_lora
+    from peftctl.methods.bitfit.peft import as_another
 
-    return as_lora
+    return as_another
 
 
 METHOD = Method(
