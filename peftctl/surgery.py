@@ -71,6 +71,12 @@ def skeleton(model: nn.Module) -> Skeleton:
     )
 
 
+def embed_scale(module: nn.Module) -> float:
+    """What an embedding multiplies its rows by after the lookup (Gemma does); 1 on the meta device, where none is."""
+    scale = getattr(module, "embed_scale", 1.0)
+    return 1.0 if isinstance(scale, Tensor) and scale.is_meta else float(scale)
+
+
 def new_rows(model: nn.Module) -> NewRows | None:
     """The rows that a model was grown by."""
     found: NewRows | None = getattr(model, ROWS, None)

@@ -153,8 +153,14 @@ def written(base: Base, folder: Path, method: str, **keys: Any) -> tuple[Any, At
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "vera", "ln-tuning", "bottleneck", "full"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *(("llama", method) for method in ("lora", "dora", "ia3", "vera", "ln-tuning", "bottleneck", "full")),
+        *((name, "lora") for name in ("gpt2", "gemma3", "opt", "gptj", "phi3")),  # a scale, an offset, a head's bias
+        ("gpt2", "full"),
+    ],
+)
 def test_read_again_it_answers_the_same_and_so_does_peft(name: str, method: str, tmp_path: Path) -> None:
     base = based(name, tmp_path)
     keys = {"last_layers": 1} if method == "full" else {"rank": 12} if method == "vera" else {}

@@ -30,8 +30,7 @@ class AddedRows(Delta):
     def __init__(self, module: nn.Module, new: NewRows, origin: AddedRows | None = None) -> None:
         super().__init__()
         self.new, self.embeds = new, isinstance(module, nn.Embedding)
-        # Gemma multiplies its rows after the lookup
-        self.gain = float(getattr(module, "embed_scale", 1.0)) if self.embeds else 1.0
+        self.gain = surgery.embed_scale(module) if self.embeds else 1.0
         self.base = tuple(parameter.detach() for parameter in _own(module))
         self.origin = (origin,) if origin is not None else ()  # behind a tuple, so that it is not part of this delta
         if origin is None:

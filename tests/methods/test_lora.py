@@ -231,3 +231,10 @@ def test_refuses_what_it_cannot_read(keys: dict[str, Any]) -> None:
 def test_refuses_tensors_that_it_does_not_know(name: str) -> None:
     with pytest.raises(FormatError, match=name):
         EXCHANGE.read({"r": 4}, skeleton(tiny("llama")), {name: torch.zeros(1)})
+
+
+def test_an_embedding_with_a_scale_is_attached_without_its_weights() -> None:
+    with torch.device("meta"):
+        model = type(tiny("gemma3"))(tiny("gemma3").config)
+        attachment = METHOD.attach(model, lora(target_modules=["embed_tokens"], rank=2))
+    assert [tuple(tensor.shape) for tensor in attachment.tensors().values()] == [(2, 128), (32, 2)]

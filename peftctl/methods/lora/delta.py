@@ -190,8 +190,7 @@ def attach(model: nn.Module, config: LoraConfig) -> Attachment:
 def _delta(module: nn.Module, place: Place, config: LoraConfig) -> Delta:
     description = place.module
     if description.kind == "Embedding":
-        # Gemma multiplies its rows after the lookup
-        return LowRankRows(description, place.rank, place.scale, float(getattr(module, "embed_scale", 1.0)))
+        return LowRankRows(description, place.rank, place.scale, surgery.embed_scale(module))
     weight = surgery.out_in(module, module.get_parameter("weight").detach())
     if not place.parts:
         return _low_rank(description, weight, place, config)
