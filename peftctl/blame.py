@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -42,8 +42,8 @@ def problems_of(cls: type[BaseModel], node: Node, key: str) -> tuple[BaseModel |
         grouped: dict[tuple[Any, ...], list[Any]] = {}
         for detail in error.errors(include_url=False):
             grouped.setdefault(_path(detail["loc"], node), []).append(detail)
-        # a list that holds a wrong item is not also refused for being no text, the union's other branch
-        paths = [path for path in grouped if not any(path and path == other[:-1] for other in grouped)]
+        # what holds a wrong item is not also refused for being no text, the union's other branch
+        paths = [path for path in grouped if not any(path and path == other[: len(path)] != other for other in grouped)]
         return None, [_problem(cls, node, key, path, grouped[path]) for path in paths]
 
 
@@ -64,19 +64,34 @@ def _path(loc: tuple[Any, ...], node: Node) -> tuple[Any, ...]:
 def _problem(cls: type[BaseModel], node: Node, key: str, path: tuple[Any, ...], details: list[Any]) -> Problem:
     found = node.at(path)
     name = ".".join([key, *map(str, path)])
-    kind = details[0]["type"]
+    # a block's own words tell more than that it is no text, the union's other branch
+    detail = next((one for one in details if one["type"] in ("value_error", "assertion_error")), details[0])
+    kind = detail["type"]
     if kind == "extra_forbidden":
-        near = suggest(str(path[-1]), cls.model_fields) or f"; there are {', '.join(cls.model_fields)}"
+        fields = _fields(cls, detail["loc"])
+        near = suggest(str(path[-1]), fields) or f"; there are {', '.join(fields)}"
         return (found.key or found.place).problem(f"{name} is not a key{near}")
     if kind == "missing":
         description = cls.model_fields[str(path[-1])].description
         return (node.key or node.place).problem(f"{name} is missing" + (f": {description}" if description else ""))
     if kind in ("value_error", "assertion_error"):
-        return (found.key or found.place).problem(f"{name}: {_plainly(details[0]['msg'])}")
+        return (found.key or found.place).problem(f"{name}: {_plainly(detail['msg'])}")
     wanted = " or ".join(dict.fromkeys(map(_wanted, details)))
     quotes = " (put it in quotes)" if wanted == "text" and isinstance(found.value, bool | int | float) else ""
     near = suggest(str(found.plain()), re.findall(r"'([^']*)'", str(details[0].get("ctx", {}).get("expected", ""))))
     return found.place.problem(f"{name} is {_shown(found)}; {wanted} is meant{quotes}{near}")
+
+
+def _fields(cls: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys of the block that a location is in: `cls`, or one of its inner ones, which pydantic names."""
+    left: list[Any] = [field.annotation for field in cls.model_fields.values()]
+    while left:
+        annotation = left.pop()
+        left += get_args(annotation)
+        name = getattr(annotation, "__name__", "")
+        if hasattr(annotation, "model_fields") and any(re.search(rf"\b{name}\b", str(step)) for step in location):
+            return list(annotation.model_fields)
+    return list(cls.model_fields)
 
 
 def _wanted(detail: dict[str, Any]) -> str:

@@ -95,10 +95,20 @@ def _inputs(root: Node, folder: Path) -> Node:
         inside = root.value.get(block)
         if inside is None or not isinstance(inside.value, dict) or key not in inside.value:
             continue
-        if isinstance(node.value, str) and node.value and _is_path(key, node.value, folder):
-            absolute = str(found(folder, node.value).resolve())
-            inside.value[key] = Node(absolute, node.place, node.key)
+        inside.value[key] = _absolute(node, key, folder)
     return root
+
+
+def _absolute(node: Node, key: str, folder: Path) -> Node:
+    """A value of an input with its paths made absolute: those of data may be several, or a mapping's."""
+    if isinstance(node.value, str) and node.value and _is_path(key, node.value, folder):
+        return Node(str(found(folder, node.value).resolve()), node.place, node.key)
+    if isinstance(node.value, list):
+        return Node([_absolute(one, key, folder) for one in node.value], node.place, node.key)
+    if isinstance(node.value, dict) and "path" in node.value:
+        inner = node.value | {"path": _absolute(node.value["path"], key, folder)}
+        return Node(inner, node.place, node.key)
+    return node
 
 
 def _is_path(key: str, value: str, folder: Path) -> bool:

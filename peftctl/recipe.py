@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from peftctl.composed import shared_folder as shared_folder
 from peftctl.errors import Problem, RecipeError, suggest
 from peftctl.located import Node, Place, write
 from peftctl.methods.base import MethodConfig
+from peftctl.objectives.base import ObjectiveConfig
 from peftctl.row import FORMATS
-from peftctl.schema import DataConfig, ModelConfig, Recipe, TrainConfig
+from peftctl.schema import DataConfig, ModelConfig, Recipe, SourceConfig, TrainConfig
 
 BLOCKS: dict[str, type[BaseModel]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 NAMED: dict[str, Any] = {"method": methods, "objective": objectives}
@@ -107,8 +109,7 @@ def _smoke(root: Node) -> Node:
 
 def _with_rows(root: Node) -> Node:
     """A smoke run whose data is not on this machine takes the rows that ship with the package."""
-    train = root.at(("data", "train"))
-    if not isinstance(train.value, str) or os.path.exists(train.value):
+    if _is_here(root.at(("data", "train")).plain()):
         return root
     name = root.at(("objective", "name")).plain()
     if name not in objectives.names():
@@ -118,6 +119,14 @@ def _with_rows(root: Node) -> Node:
     for key, value in {"train": str(rows), "format": "auto", "columns": None}.items():
         root = merged(root, placed(f"data.{key}", value, Place("--smoke")))
     return root
+
+
+def _is_here(train: Any) -> bool:
+    """Whether all sources are on this machine; what is no source at all is for others to refuse."""
+    if isinstance(train, list):
+        return all(map(_is_here, train))
+    path = train.get("path") if isinstance(train, dict) else train
+    return not isinstance(path, str) or os.path.exists(path) or bool(glob.glob(path, recursive=True))
 
 
 def _validated(root: Node, problems: list[Problem]) -> Recipe:
@@ -174,6 +183,31 @@ def _unfit(task: str, config: Any) -> str | None:
     return None if task == objective.task else f"which needs {objective.task}"
 
 
+def _sources(
+    data: DataConfig | None, objective: ObjectiveConfig | None, at: Callable[[str, str], Problem]
+) -> Iterator[Problem]:
+    """What is wrong with sources beside each other."""
+    for key in ("train", "validation") if data else ():
+        value = getattr(data, key)
+        sources = value if isinstance(value, list) else [value]
+        given = [one.weight is not None for one in sources if isinstance(one, SourceConfig)]
+        if any(given) and key == "validation":
+            yield at("data.validation", "has weights: held-out rows are each measured once; leave weight out")
+        elif any(given) and len(sources) == 1:
+            yield at("data.train", "has a weight, but no other source: leave it out")
+        elif any(given) and not all(given + [False] * (len(sources) - len(given))):
+            yield at("data.train", "has a weight for some sources only: give every one {path: ..., weight: ...}")
+        for number, one in enumerate(sources):
+            if (
+                objective
+                and isinstance(one, SourceConfig)
+                and one.format not in {None, "auto", *suitable(objective.name)}
+            ):
+                kinds = " or ".join(suitable(objective.name))
+                place = f"data.{key}.{number}.format" if isinstance(value, list) else f"data.{key}.format"
+                yield at(place, f"{one.format} does not suit objective {objective.name}, which learns from {kinds}")
+
+
 def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
     """What is right alone and wrong together, of the blocks that are right (the others are None).
 
@@ -182,7 +216,9 @@ def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
     model, method, objective, data, train = (blocks[key] for key in ("model", "method", "objective", "data", "train"))
 
     def at(key: str, message: str) -> Problem:
-        return root.at(tuple(key.split("."))).place.problem(f"{key} {message}")
+        return root.at(tuple(int(part) if part.isdigit() else part for part in key.split("."))).place.problem(
+            f"{key} {message}"
+        )
 
     if method and train and train.gradient_checkpointing and methods.get(method.name).traits(method).needs_cache:
         lost = f"would lose method {method.name}'s virtual tokens: set it to false"
@@ -197,6 +233,7 @@ def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
         yield at("train.compile", "is not served: leave it false")
     if train and data and train.eval_every is not None and data.validation is None:
         yield at("train.eval_every", "has nothing to evaluate: set data.validation")
+    yield from _sources(data, objective, at)
     if data and objective and data.format not in {"auto", *suitable(objective.name)}:
         kinds = " or ".join(suitable(objective.name))
         yield at("data.format", f"{data.format} does not suit objective {objective.name}, which learns from {kinds}")

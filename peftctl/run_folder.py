@@ -18,6 +18,7 @@ from typing import Any
 from peftctl import base as bases
 from peftctl import checkpoint, storage
 from peftctl.checkpoint import State
+from peftctl.data.encoded import Dataset
 from peftctl.errors import InputError, SaveError
 from peftctl.plan import Options, Plan
 from peftctl.policy import Layout
@@ -226,11 +227,14 @@ def peak_memory_bytes() -> int:
 
 def _data(planned: Plan) -> dict[str, Any]:
     sets = {"train": planned.data.train, "validation": planned.data.validation}
-    return {
-        name: {"file": data.name, "sha256": data.fingerprint, "examples": len(data)}
-        for name, data in sets.items()
-        if data is not None
-    }
+    return {name: _content(data) for name, data in sets.items() if data is not None}
+
+
+def _content(data: Dataset) -> dict[str, Any]:
+    if data.origins:
+        sources = {str(number): origin._asdict() for number, origin in enumerate(data.origins, 1)}
+        return {"sources": sources, "examples": len(data)}
+    return {"file": data.name, "sha256": data.fingerprint, "examples": len(data)}
 
 
 def _now(planned: Plan) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
 from peftctl.composed import is_template_name, templates
 from peftctl.errors import suggest
@@ -49,10 +49,30 @@ def _template(name: str) -> str:
     return name
 
 
+class SourceConfig(Block):
+    """One source of rows. What it leaves out is as `data` has it."""
+
+    path: str | None = Field(None, min_length=1, description="a data file, a folder or a pattern of files")
+    weight: float | None = Field(None, gt=0, description="its share of an epoch, beside the other sources' weights")
+    format: Annotated[str, AfterValidator(_format)] | None = Field(None, description="as data.format")
+    columns: dict[str, str] | None = Field(None, description="as data.columns")
+    limit: int | None = Field(None, ge=1, description="the first rows only")
+
+    @model_validator(mode="after")
+    def _named(self) -> SourceConfig:
+        if self.path is None:
+            raise ValueError("path is missing: a data file, a folder or a pattern of files")
+        return self
+
+
+Source = Annotated[str, Field(min_length=1)] | SourceConfig
+Sources = Source | Annotated[list[Source], Field(min_length=1)]
+
+
 class DataConfig(Block):
-    train: str = Field(min_length=1, description="a data file, a folder or a pattern of files")
-    validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="a share to hold out, or a file"
+    train: Sources = Field(description="a data file, a folder or a pattern of files; or several")
+    validation: Annotated[float, Field(gt=0, lt=1)] | Sources | None = Field(
+        None, description="a share to hold out, or what train may be"
     )
     max_length: int = Field(1024, ge=2, description="longest row in tokens")
     truncate: Literal["refuse", "left", "right", "split"] = Field(
@@ -72,7 +92,7 @@ class DataConfig(Block):
     columns: dict[str, str] | None = Field(None, description="our name of a column: the file's")
     on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with a row that cannot be used")
     share_starts: bool = Field(True, description="compute once what rows share at their start")
-    limit: int | None = Field(None, ge=1, description="the first rows only")
+    limit: int | None = Field(None, ge=1, description="the first rows only, of each source of train")
     bucket: int | None = Field(
         None, ge=1, description="optimizer steps whose rows are sorted by length together, cut into steps and shuffled"
     )

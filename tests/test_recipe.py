@@ -66,7 +66,7 @@ modle: 3
         "r.yaml:2:41: method.dropout is 1; a number below 1.0 is meant",
         "r.yaml:2:60: method.target_modules is []; text or something not empty is meant",
         "r.yaml:3:30: objective.beta is inf; a finite number is meant",
-        "r.yaml:4:39: data.validation is 1.5; a number below 1.0 or text is meant",
+        "r.yaml:4:39: data.validation is 1.5; a number below 1.0 or text or a mapping or a list is meant",
         "r.yaml:4:57: data.columns.a is 1; text is meant (put it in quotes)",
         "r.yaml:6:3: train.lerning_rate is not a key; did you mean learning_rate?",
         "r.yaml:7:15: train.batch_size is true; an integer is meant",
@@ -106,7 +106,24 @@ def test_an_unknown_key_is_refused_in_every_block(block: str) -> None:
         ("method.name=[a]", "method.name: there is no method ['a']; there is " + ", ".join(methods.names())),
         ("model=x", "model is 'x'; a mapping is meant"),
         ("train=[1]", "train is [1]; a mapping is meant"),
-        ("data.train=", "data.train is null; text is meant"),
+        ("data.train=", "data.train is null; text or a mapping or a list is meant"),
+        ("data.train=[]", "data.train is []; text or a mapping or something not empty is meant"),
+        ("data.train=[a.csv, 3]", "data.train.1 is 3; text or a mapping is meant"),
+        ("data.train={path: a.csv, wieght: 2}", "data.train.wieght is not a key; did you mean weight?"),
+        ("data.train=[a.csv, {path: b.csv, wieght: 2}]", "data.train.1.wieght is not a key; did you mean weight?"),
+        (
+            "data.train=[a.csv, {weight: 2}]",
+            "data.train.1: path is missing: a data file, a folder or a pattern of files",
+        ),
+        ("data.train=[{path: a.csv, weight: 0}, a.csv]", "data.train.0.weight is 0; a number above 0.0 is meant"),
+        (
+            "data.train=[{path: a.csv, weight: 1}, a.csv]",
+            "data.train has a weight for some sources only: give every one",
+        ),
+        ("data.train={path: a.csv, weight: 1}", "data.train has a weight, but no other source: leave it out"),
+        ("data.validation=[{path: a.csv, weight: 1}, a.csv]", "data.validation has weights: held-out rows are each"),
+        ("data.train=[{path: a.csv, format: unpaired}]", "data.train.0.format unpaired does not suit objective"),
+        ("data.train=[{path: a.csv, weight: 1}, {path: b.csv, weight: 2}]", ""),
         ('output=""', "output is a folder"),
         ("output=3", "output is a folder"),
         ("train.max_steps=" + "9" * 5000, "train.max_steps is inf; an integer is meant"),
@@ -271,7 +288,7 @@ train: {max_steps: 3, epochs: 1, eval_every: 2}
         "r.yaml:2:32: model.task is 'ranking'; "
         "causal-lm, seq2seq-lm, sequence-classification or token-classification is meant",
         "r.yaml:3:47: num_virtual_tokens stands here again; it was set in line 3",
-        "r.yaml:5:1: data.train is missing: a data file, a folder or a pattern of files",
+        "r.yaml:5:1: data.train is missing: a data file, a folder or a pattern of files; or several",
         "r.yaml:5:8: data.tran is not a key; did you mean train?",
         "r.yaml:6:31: train.epochs and train.max_steps are both given: keep one, set the other to null",
     ]  # nothing of eval_every: what data.validation would have been is not known
@@ -312,15 +329,18 @@ def test_a_key_counts_with_a_name_that_is_set_after_it() -> None:
 def test_a_missing_key_is_blamed_on_the_block_in_the_file_though_an_option_adds_to_it() -> None:
     text = GOOD.replace("train: rows.jsonl", "limit: 3")
     assert refusals(text, "data.limit=4") == [
-        "r.yaml:4:1: data.train is missing: a data file, a folder or a pattern of files"
+        "r.yaml:4:1: data.train is missing: a data file, a folder or a pattern of files; or several"
     ]
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ('data.validation=""', "data.validation is ''; a number or something not empty is meant"),
-        ('data.train=""', "data.train is ''; something not empty is meant"),
+        (
+            'data.validation=""',
+            "data.validation is ''; a number or something not empty or a mapping or a list is meant",
+        ),
+        ('data.train=""', "data.train is ''; something not empty or a mapping or a list is meant"),
         ('model.tokenizer=""', "model.tokenizer is ''; something not empty is meant"),
         ("train.device=gpu", "train.device: 'gpu' is no device; auto, cpu, cuda, cuda:1 or mps is meant"),
         ("train.optimizer=adam", "train.optimizer is 'adam'; adamw, sgd or adafactor is meant; did you mean adamw?"),
@@ -357,7 +377,7 @@ def test_smoke_hides_no_mistake() -> None:
     assert str(caught.value).splitlines() == [
         "--smoke: model.name is missing: hub id, local folder, .gguf file, or a bare config.json",
         "r.yaml:1:9: method.name is missing: one of " + ", ".join(methods.names()),
-        "r.yaml:2:1: data.train is missing: a data file, a folder or a pattern of files",
+        "r.yaml:2:1: data.train is missing: a data file, a folder or a pattern of files; or several",
         "r.yaml:3:30: objective.beta is 0; a number above 0.0 is meant",
     ]
 

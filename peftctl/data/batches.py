@@ -59,7 +59,7 @@ class Batches:
         """The micro-batches of the step at `position`, and the position after it. The last step may be smaller, and
         after it there is none: an empty list."""
         count = self.per_step if self.total is None else max(0, min(self.per_step, self.total - position))
-        chosen = examples(position, count, len(self.train), self.seed, self.buckets)
+        chosen = examples(position, count, len(self.train), self.seed, self.buckets, self.train.mix)
         parts = [[chosen[place] for place in part] for part in self._parts([self.sizes[i] for i in chosen])]
         share = _share(self.share)
         return [build(self.train.rows(part), share=share, trim=self.trim) for part in parts], position + count

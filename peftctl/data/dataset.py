@@ -13,7 +13,8 @@ from peftctl.data.cache import Made
 from peftctl.data.encoded import Dataset, Report
 from peftctl.data.encoding import SHOWN, Job, NoLabel, Tokenizer, Written
 from peftctl.data.formats import DESCRIBED
-from peftctl.data.order import PAIRED, order, split
+from peftctl.data.mixing import Wanted, held_out, joined, summed, wanted
+from peftctl.data.order import PAIRED, order
 from peftctl.data.packed import Packed
 from peftctl.data.parallel import chunks
 from peftctl.data.reading import Reading
@@ -27,7 +28,7 @@ Progress = Callable[[str, int, int | None], None]  # a source's name, rows done,
 
 
 class Prepared(NamedTuple):
-    """The report is on the source of `data.train`, before the split; the second on that of `data.validation`."""
+    """The report is on all of `data.train`, before the split; the second on that of `data.validation`."""
 
     train: Dataset
     validation: Dataset | None
@@ -50,30 +51,40 @@ def prepare(
 
     `vocabulary`: rows of the base's embedding. Raises DataError; all that is wrong with a source's rows in one go.
     """
-    data = recipe.data
-    options = {
-        "format": data.format,
-        "columns": data.columns,
-        "max_length": data.max_length,
-        "truncate": data.truncate,
-        "on_bad_row": data.on_bad_row,
-        "vocabulary": vocabulary,
-        "progress": progress,
-    }
-    train, report = load(data.train, chat, objective, recipe.objective, limit=data.limit, **options)
-    held: Dataset | None = None
+    data, seed = recipe.data, recipe.train.seed
+
+    def every(sources: Sequence[Wanted], limit: int | None) -> tuple[list[Dataset], Report]:
+        found = [
+            load(
+                one.path,
+                chat,
+                objective,
+                recipe.objective,
+                format=one.format or data.format,
+                columns=data.columns if one.columns is None else one.columns,
+                max_length=data.max_length,
+                truncate=data.truncate,
+                on_bad_row=data.on_bad_row,
+                limit=one.limit or limit,
+                vocabulary=vocabulary,
+                progress=progress,
+            )
+            for one in sources
+        ]
+        reports = [report for _, report in found]
+        return [dataset for dataset, _ in found], reports[0] if len(reports) == 1 else summed(reports)
+
+    sources = wanted(data.train)
+    trained, report = every(sources, data.limit)
+    held: list[Dataset] = []
     held_report: Report | None = None
-    if isinstance(data.validation, str):
-        held, held_report = load(data.validation, chat, objective, recipe.objective, **options)
+    if isinstance(data.validation, float):
+        trained, held = held_out(trained, data.validation, seed, pieces=data.truncate == "split")
     elif data.validation is not None:
-        if len(train) < 2:
-            raise DataError(f"{train.name} has one row, of which none can be held out; set data.validation to null")
-        kept, out = _held_out(train, data.validation, recipe.train.seed, pieces=data.truncate == "split")
-        train, held = train.subset(kept), train.subset(out)
-    train = _paired(train, objective, recipe.train.seed, "training")
-    if held is not None:
-        held = _paired(held, objective, recipe.train.seed, "held-out")
-    return Prepared(train, held, report, held_report)
+        held, held_report = every(wanted(data.validation), None)
+    train = _paired(joined(trained, [one.weight for one in sources]), objective, seed, "training")
+    validation = _paired(joined(held), objective, seed, "held-out") if held else None
+    return Prepared(train, validation, report, held_report)
 
 
 def load(
@@ -159,18 +170,6 @@ def _encoded(
         unused=decided.unused(tuple(seen)),
     )
     return Made(packed, report, names, fingerprint(parts))
-
-
-def _held_out(data: Dataset, share: float, seed: int, pieces: bool) -> tuple[Sequence[int], Sequence[int]]:
-    """Examples to train on and to hold out. Pieces of one text stay on one side, unless it is the only one."""
-    rows = list(dict.fromkeys(data.places)) if pieces else []
-    if len(rows) < 2:
-        return split(len(data), share, seed)
-    held = {rows[number] for number in split(len(rows), share, seed)[1]}
-    sides: tuple[list[int], list[int]] = ([], [])
-    for index, row in enumerate(data.places):
-        sides[row in held].append(index)
-    return sides
 
 
 def _paired(dataset: Dataset, objective: Objective[Any], seed: int, part: str) -> Dataset:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, NamedTuple, TypeVar, overload
 
+from peftctl.data.order import Mix
 from peftctl.data.sources import Fault
 from peftctl.row import Row
 
@@ -60,14 +61,28 @@ def listed(examples: Sequence[tuple[Row, ...]]) -> Examples:
     return Examples(len(examples), examples.__getitem__, lambda index: [len(row.ids) for row in examples[index]])
 
 
+class Origin(NamedTuple):
+    """One of several sources."""
+
+    file: str
+    sha256: str
+    examples: int
+    each_epoch: int  # examples that an epoch has of it
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded examples: of each its rows (a pair has two), whose `example` is its index here, and its place."""
+    """Encoded examples: of each its rows (a pair has two), whose `example` is its index here, and its place.
+
+    `origins`: of several sources, each. `mix`: how many examples of each an epoch has, where not every one just once.
+    """
 
     name: str
     examples: Sequence[tuple[Row, ...]]
     places: Sequence[str]
     fingerprint: str  # sha256 of the source
+    origins: tuple[Origin, ...] = ()
+    mix: Mix | None = None
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -7,16 +7,27 @@ of like length are to meet in one optimizer step, the order depends on their len
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from random import Random
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 SPLIT = -1  # the epoch whose order chooses the held-out rows
 PAIRED = -2  # the epoch whose order chooses whose answer an example gets besides its own
 
 T = TypeVar("T")
+
+
+class Mix(NamedTuple):
+    """Several sources whose examples follow each other: of each how many there are, and how many an epoch has.
+
+    A source is gone through in orders of its own, from where the epoch before stopped: one that has fewer in an epoch
+    than there are gets through all of them in time, and one that has more repeats none before all others have come.
+    """
+
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity: to compare all sizes at every step would be slow
@@ -38,6 +49,31 @@ def _order(n: int, seed: int, epoch: int) -> array[int]:
     return array("L", _shuffled(range(n), f"peftctl order, seed {seed}, epoch {epoch}"))
 
 
+@lru_cache(maxsize=4)
+def _mixed(mix: Mix, seed: int, epoch: int) -> array[int]:
+    """An epoch of several sources: examples of each, shuffled together."""
+    chosen: list[int] = []
+    for part, (size, count) in enumerate(zip(mix.sizes, mix.counts, strict=True)):
+        before = sum(mix.sizes[:part])
+        own = _stretch(epoch * count, count, size, partial(_own, size, seed, part))
+        chosen += (before + one for one in own)
+    return array("L", _shuffled(chosen, f"peftctl mix, seed {seed}, epoch {epoch}"))
+
+
+@lru_cache(maxsize=16)
+def _own(n: int, seed: int, part: int, epoch: int) -> array[int]:
+    return array("L", _shuffled(range(n), f"peftctl order, seed {seed}, source {part}, epoch {epoch}"))
+
+
+def _stretch(position: int, count: int, n: int, order: Callable[[int], Sequence[int]]) -> list[int]:
+    """`count` items from `position` on, of the endless concatenation of orders of n items, by epoch."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        epoch, start = divmod(position + len(chosen), n)
+        chosen += order(epoch)[start : start + count - len(chosen)]
+    return chosen
+
+
 def _shuffled(items: Iterable[T], name: str) -> list[T]:
     # Fisher-Yates by hand: `random()` of a string seed is promised to stay the same, `shuffle` is not
     random, mixed = Random(name), list(items)
@@ -48,10 +84,10 @@ def _shuffled(items: Iterable[T], name: str) -> list[T]:
 
 
 @lru_cache(maxsize=4)
-def _bucketed(buckets: Buckets, seed: int, epoch: int) -> array[int]:
-    """An epoch's order, still a permutation. What belongs to a step that spans two epochs stays where it is."""
+def _bucketed(buckets: Buckets, seed: int, epoch: int, mix: Mix | None) -> array[int]:
+    """An epoch's examples in another order. What belongs to a step that spans two epochs stays where it is."""
     n, step = len(buckets.sizes), buckets.step
-    items = list(_order(n, seed, epoch))
+    items = list(_order(n, seed, epoch) if mix is None else _mixed(mix, seed, epoch))
     first = -epoch * n % step  # where the first step begins that lies wholly in this epoch
     end = first + (n - first) // step * step
     for start in range(first, end, step * buckets.steps):
@@ -69,14 +105,17 @@ def _regrouped(items: list[int], buckets: Buckets, name: str) -> list[int]:
     return [items[place] for step in _shuffled(steps, name) for place in step]
 
 
-def examples(position: int, count: int, n: int, seed: int, buckets: Buckets | None = None) -> list[int]:
-    """The `count` examples from `position` on, of the endless concatenation of the epochs of `n` examples."""
-    chosen: list[int] = []
-    while len(chosen) < count:
-        epoch, start = divmod(position + len(chosen), n)
-        whole = _order(n, seed, epoch) if buckets is None else _bucketed(buckets, seed, epoch)
-        chosen += whole[start : start + count - len(chosen)]
-    return chosen
+def examples(
+    position: int, count: int, n: int, seed: int, buckets: Buckets | None = None, mix: Mix | None = None
+) -> list[int]:
+    """The `count` examples from `position` on, of the endless concatenation of the epochs, which have n examples."""
+
+    def epoch(number: int) -> Sequence[int]:
+        if buckets is not None:
+            return _bucketed(buckets, seed, number, mix)
+        return _order(n, seed, number) if mix is None else _mixed(mix, seed, number)
+
+    return _stretch(position, count, n, epoch)
 
 
 def split(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
