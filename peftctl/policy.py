@@ -64,7 +64,7 @@ class Policy(nn.Module):
         self.attention_calls = 0  # how often the last forest asked for attention: what the layout check compares
 
     def forward(self, batch: Batch, want: str = "tokens") -> TokenStats | Tensor:
-        """`want`: `tokens`, or `scores` of a task's head."""
+        """`want`: `tokens`, `means` (tokens with their mean log-probabilities), or `scores` of a task's head."""
         if want == "scores":
             return self._scores(batch)
         if self.head is None:
@@ -73,7 +73,8 @@ class Policy(nn.Module):
         at_labels = hidden[places]
         trained = any(path.startswith(tuple(self.head.paths)) for path in self.attachment.paths)
         frozen = None if trained else self.head.frozen
-        return TokenStats(*token_stats(at_labels, batch.labels.target, self.head, self.head.vocabulary, frozen))
+        head, vocabulary = self.head, self.head.vocabulary
+        return TokenStats(*token_stats(at_labels, batch.labels.target, head, vocabulary, frozen, want == "means"))
 
     def _scores(self, batch: Batch) -> Tensor:
         if self.task_head is None:
@@ -93,9 +94,9 @@ class Policy(nn.Module):
         if self.head is not None:
             self.head.frozen = self.head.multiplied_by(pack=self.packed, exact=True)
 
-    def tokens(self, batch: Batch) -> TokenStats:
-        """Per label of the batch: fp32 log-probability and correctness, each (labels,)."""
-        answer: TokenStats = self(batch)
+    def tokens(self, batch: Batch, mean: bool = False) -> TokenStats:
+        """Per label of the batch: fp32 log-probability and correctness, each (labels,); with `mean`, the mean too."""
+        answer: TokenStats = self(batch, "means" if mean else "tokens")
         return answer
 
     def row_scores(self, batch: Batch) -> Tensor:
@@ -247,13 +248,13 @@ class Reference:
         self.known: Callable[[Batch], Tensor | None] = lambda batch: None
 
     @torch.no_grad()
-    def tokens(self, batch: Batch) -> TokenStats:
+    def tokens(self, batch: Batch, mean: bool = False) -> TokenStats:
         """As the policy's. Of what is remembered only the log-probabilities count; correctness is nobody's question."""
-        logprob = self.known(batch)
+        logprob = None if mean else self.known(batch)
         if logprob is not None:
             return TokenStats(logprob, torch.zeros_like(logprob, dtype=torch.bool))
         with self._as_it_was():
-            return self.policy.tokens(batch)
+            return self.policy.tokens(batch, mean)
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:

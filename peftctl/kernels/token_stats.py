@@ -38,66 +38,76 @@ class FrozenHead(NamedTuple):
 
 
 def token_stats(
-    hidden: Tensor, targets: Tensor, head: Head, vocabulary: int, frozen: FrozenHead | None
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, targets: Tensor, head: Head, vocabulary: int, frozen: FrozenHead | None, mean: bool = False
+) -> tuple[Tensor, ...]:
     """Log-probability (fp32) and correctness of each target: `hidden` (L, d), `targets` (L,) -> (L,), (L,).
 
     Correct is a target that no other token is likelier than. `frozen`: the head once more, if nothing in it is trained.
+    With `mean` also, (L,), the mean log-probability of all tokens of the vocabulary in the target's place.
     """
     chunks = -(-len(targets) // max(1, CHUNK // vocabulary))
     size = max(1, -(-len(targets) // max(1, chunks)))  # of like size
     if frozen is None:
-        return plain_token_stats(hidden, targets, head, size)
-    logprob, correct = _Frozen.apply(hidden, targets, frozen, size)  # type: ignore[no-untyped-call]
-    return logprob, correct
+        return plain_token_stats(hidden, targets, head, size, mean)
+    found: tuple[Tensor, ...] = _Frozen.apply(hidden, targets, frozen, size, mean)  # type: ignore[no-untyped-call]
+    return found
 
 
-def plain_token_stats(hidden: Tensor, targets: Tensor, head: Head, size: int) -> tuple[Tensor, Tensor]:
+def plain_token_stats(hidden: Tensor, targets: Tensor, head: Head, size: int, mean: bool = False) -> tuple[Tensor, ...]:
     """The plain twin: any head, autograd through it, each chunk's logits computed again in the backward pass."""
     if not len(targets):
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.bool)
+        kinds = (torch.float32, torch.bool, torch.float32)
+        return tuple(hidden.new_zeros(0, dtype=kind) for kind in kinds[: 2 + mean])
     parts = [
-        checkpoint(_chunk, h, t, head, use_reentrant=False) if torch.is_grad_enabled() else _chunk(h, t, head)
+        checkpoint(_chunk, h, t, head, mean, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else _chunk(h, t, head, mean)
         for h, t in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     ]
-    logprobs, corrects = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(corrects)
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def _chunk(hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def _chunk(hidden: Tensor, targets: Tensor, head: Head, mean: bool) -> tuple[Tensor, ...]:
     # in fp32 from here on: a log-probability is a small difference of large numbers
     logits = head(hidden).float()
     likeliest = logits.detach().amax(-1) <= logits.detach().gather(1, targets[:, None])[:, 0]
-    return -F.cross_entropy(logits, targets, reduction="none"), likeliest
+    stats = -F.cross_entropy(logits, targets, reduction="none"), likeliest
+    return (*stats, logits.log_softmax(-1).mean(-1)) if mean else stats
 
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: FrozenHead, size: int) -> tuple[Tensor, Tensor]:
-        logprob, correct = (hidden.new_empty(len(hidden), dtype=kind) for kind in (torch.float32, torch.bool))
-        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: FrozenHead, size: int, mean: bool
+    ) -> tuple[Tensor, ...]:
+        kinds = (torch.float32, torch.bool, torch.float32)[: 2 + mean]
+        stats = tuple(hidden.new_empty(len(hidden), dtype=kind) for kind in kinds)
+        wanted = ctx.needs_input_grad[0]
+        slopes = tuple(torch.empty_like(hidden) for _ in range(1 + mean)) if wanted else ()
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logprob[part], correct[part], slope = _with_slope(hidden[part], targets[part], head, slopes is not None)
-            if slopes is not None and slope is not None:
-                slopes[part] = slope
-        if slopes is not None:
-            ctx.save_for_backward(slopes)
-        ctx.mark_non_differentiable(correct)
-        return logprob, correct
+            found, steep = _with_slopes(hidden[part], targets[part], head, wanted, mean)
+            for whole, piece in zip((*stats, *slopes), (*found, *steep), strict=True):
+                whole[part] = piece
+        ctx.save_for_backward(*slopes)
+        ctx.mark_non_differentiable(stats[1])
+        return stats
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (slopes,) = ctx.saved_tensors
-        return (grads[0][:, None] * slopes).to(slopes.dtype), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        slopes = ctx.saved_tensors
+        parts = [grad[:, None] * slope for grad, slope in zip(grads[::2], slopes, strict=True)]
+        return (sum(parts[1:], start=parts[0]).to(slopes[0].dtype), None, None, None, None)
 
 
-def _with_slope(
-    hidden: Tensor, targets: Tensor, head: FrozenHead, wanted: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probability, correctness, and the log-probability's gradient by the hidden state.
+def _with_slopes(
+    hidden: Tensor, targets: Tensor, head: FrozenHead, wanted: bool, mean: bool
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Log-probability, correctness and mean of some labels; and the gradients of the first and the last by the hidden
+    state.
 
-    A label's log-probability depends on its own hidden state alone, so its gradient is head' (one-hot - softmax).
+    A label's log-probability depends on its own hidden state alone, so its gradient is head' (one-hot - softmax); that
+    of the mean is head' (1 / vocabulary - softmax).
     """
     product = head.product(hidden)
     with torch.set_grad_enabled(wanted and head.finish is not None):
@@ -108,12 +118,26 @@ def _with_slope(
     chances = chances.clone() if chances.data_ptr() == product.data_ptr() else chances
     at = targets[:, None]
     highest, own = chances.amax(-1, keepdim=True), chances.gather(1, at)
+    middle = chances.mean(-1, keepdim=True) if mean else None
     total = chances.sub_(highest).exp_().sum(-1, keepdim=True)
     logprob = (own - highest - total.log())[:, 0]
-    correct = (highest <= own)[:, 0]
+    stats: tuple[Tensor, ...] = (logprob, (highest <= own)[:, 0])
+    if middle is not None:
+        stats = (*stats, (middle - highest - total.log())[:, 0])
     if not wanted:
-        return logprob, correct, None
+        return stats, ()
     slope = chances.mul_(-1 / total).scatter_add_(1, at, torch.ones_like(own))
+    slopes: tuple[Tensor, ...] = (_by_hidden(slope, logits, leaf, head, hidden.dtype, again=mean),)
+    if mean:
+        slope = slope.scatter_add_(1, at, -torch.ones_like(own)).add_(1 / slope.shape[1])
+        slopes = (*slopes, _by_hidden(slope, logits, leaf, head, hidden.dtype))
+    return stats, slopes
+
+
+def _by_hidden(
+    slope: Tensor, logits: Tensor, leaf: Tensor, head: FrozenHead, dtype: torch.dtype, again: bool = False
+) -> Tensor:
+    """The gradient by the hidden state of what has this one by the logits."""
     if head.finish is not None:
-        (slope,) = torch.autograd.grad(logits, leaf, slope)
-    return logprob, correct, head.matrix.backward(slope.to(hidden.dtype))
+        (slope,) = torch.autograd.grad(logits, leaf, slope, retain_graph=again)
+    return head.matrix.backward(slope.to(dtype))

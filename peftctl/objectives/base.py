@@ -46,16 +46,21 @@ class Loss(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-    """Per label, fp32, shape (labels,): the log-probability of the target and whether it is the likeliest token."""
+    """Per label, fp32, shape (labels,): the log-probability of the target and whether it is the likeliest token.
+
+    `mean_logprob`: where it was asked for, the mean log-probability of all the vocabulary's tokens.
+    """
 
     logprob: Tensor
     correct: Tensor
+    mean_logprob: Tensor | None = None
 
 
 class Answers(Protocol):
     """What an objective may ask of a policy, or of the reference."""
 
-    def tokens(self, batch: Batch) -> TokenStats: ...
+    def tokens(self, batch: Batch, mean: bool = False) -> TokenStats:
+        """`mean`: the means too."""
 
 
 class Scored(Answers, Protocol):

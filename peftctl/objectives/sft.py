@@ -22,6 +22,10 @@ class SftConfig(ObjectiveConfig):
         description="what is learnt: the assistant's turns, its last one, all of the text, or the turns of these roles",
     )
 
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of each label that is spread evenly over the vocabulary"
+    )
+
 
 def encode(example: Example, encoder: Encoder, config: SftConfig) -> tuple[Row, ...]:
     """One row. Raises DataError with the reason."""
@@ -39,11 +43,20 @@ def weights(batch: Batch, config: SftConfig) -> tuple[float, ...]:
 
 
 def loss(policy: Answers, reference: Answers | None, batch: Batch, config: SftConfig) -> Loss:
-    """The labels' negative log-probability, summed by weight; metrics `loss` and `token_accuracy`, by token."""
-    stats, weight = policy.tokens(batch), batch.labels.weight
-    total, count = -(stats.logprob * weight).sum(), weight.sum()
-    correct = (stats.correct * weight).sum()
-    return Loss((Term(total),), {"loss": (total.detach(), count), "token_accuracy": (correct, count)})
+    """The labels' negative log-probability, summed by weight; metrics `loss` and `token_accuracy`, by token.
+
+    With label smoothing e (https://arxiv.org/abs/1512.00567, section 7) the loss is (1 - e) of that and e times the
+    mean negative log-probability of the vocabulary; `nll_loss` is then what it would be without.
+    """
+    smoothing, weight = config.label_smoothing, batch.labels.weight
+    stats = policy.tokens(batch, mean=True) if smoothing else policy.tokens(batch)
+    nll, count = -(stats.logprob * weight).sum(), weight.sum()
+    metrics = {"loss": (nll.detach(), count), "token_accuracy": ((stats.correct * weight).sum(), count)}
+    if not smoothing:
+        return Loss((Term(nll),), metrics)
+    assert stats.mean_logprob is not None
+    smooth = (1 - smoothing) * nll - smoothing * (stats.mean_logprob * weight).sum()
+    return Loss((Term(smooth),), metrics | {"loss": (smooth.detach(), count), "nll_loss": metrics["loss"]})
 
 
 OBJECTIVE = Objective(

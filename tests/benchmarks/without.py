@@ -31,8 +31,8 @@ def _slope() -> None:
     from peftctl import policy
     from peftctl.kernels import token_stats
 
-    def plain(hidden: Any, targets: Any, head: Any, vocabulary: int, frozen: Any) -> Any:
-        return token_stats.token_stats(hidden, targets, head, vocabulary, None)
+    def plain(hidden: Any, targets: Any, head: Any, vocabulary: int, frozen: Any, mean: bool = False) -> Any:
+        return token_stats.token_stats(hidden, targets, head, vocabulary, None, mean)
 
     policy.token_stats = plain
 

@@ -50,6 +50,38 @@ def test_equals_the_plain_formula(
     assert torch.equal(correct, head(hidden).argmax(-1) == targets)
 
 
+@pytest.mark.parametrize("finish", [None, capped])
+@pytest.mark.parametrize("kind", ["trained", "frozen", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_the_mean_it_is_label_smoothing(
+    monkeypatch: pytest.MonkeyPatch, kind: str, finish: Finish | None, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 30 * 5)
+    hidden, targets, linear, upstream = problem(dtype)
+
+    def head(x: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(x, linear.weight, linear.bias)
+        return logits if finish is None else finish(logits)
+
+    frozen = FrozenHead(matrix(linear.weight.detach(), linear.bias.detach(), pack=kind == "packed"), finish)
+    frozen = None if kind == "trained" else frozen
+    logprob, correct, mean = token_stats(hidden, targets, head, 30, frozen, mean=True)
+    loss = -(0.9 * logprob + 0.1 * mean)
+    (loss * upstream).sum().backward()
+    twin = hidden.detach().clone().requires_grad_()
+    expected = F.cross_entropy(head(twin).float(), targets, reduction="none", label_smoothing=0.1)
+    (expected * upstream).sum().backward()
+    exact = dtype is torch.float32
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if exact else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(loss, expected, **tolerance)
+    torch.testing.assert_close(hidden.grad, twin.grad, rtol=1e-5 if exact else 3e-2, atol=1e-6 if exact else 2e-2)
+    hidden.grad = None
+    plain = token_stats(hidden, targets, head, 30, frozen)
+    assert torch.equal(plain[0], logprob) and torch.equal(plain[1], correct)
+    with torch.no_grad():
+        assert torch.equal(token_stats(hidden, targets, head, 30, frozen, mean=True)[2], mean)
+
+
 def test_logits_in_fp32_over_a_half_precision_head() -> None:
     hidden, targets, linear, upstream = problem(torch.bfloat16)
     weight, bias = linear.weight.detach(), linear.bias.detach()
@@ -87,3 +119,4 @@ def test_no_labels_no_answers() -> None:
     hidden, _, head, _ = problem(torch.float32)
     logprob, correct = token_stats(hidden[:0], torch.zeros(0, dtype=torch.long), head, 30, frozen=None)
     assert logprob.shape == correct.shape == (0,)
+    assert token_stats(hidden[:0], torch.zeros(0, dtype=torch.long), head, 30, None, mean=True)[2].shape == (0,)
