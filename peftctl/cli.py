@@ -91,7 +91,7 @@ def validate(
     """Check a recipe and its data; no weights are loaded."""
     from peftctl import commands
 
-    _print(commands.validate(path, set_, smoke, show, quiet), json_, commands.described)
+    _print(commands.validate(path, set_, smoke, show, quiet), json_, commands.described_rows)
 
 
 @app.command(epilog="Example: peftctl count-params recipes/smoke.yaml --by module")

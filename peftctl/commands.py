@@ -43,7 +43,8 @@ def validate(path: Path, overrides: Sequence[str], smoke: bool, show: int, quiet
     """Check recipe and data; `show` rows are printed on stderr as the loss will see them."""
     from peftctl import objectives
     from peftctl.data.dataset import prepare
-    from peftctl.plan import base_and_chat
+    from peftctl.data.shown import show as print_rows
+    from peftctl.plan import base_and_chat, fit
     from peftctl.waiting import tokenising
 
     wanted = recipes.load(path, overrides, smoke)
@@ -51,32 +52,9 @@ def validate(path: Path, overrides: Sequence[str], smoke: bool, show: int, quiet
     vocabulary = base.vocabulary
     with tokenising(quiet) as shown:
         data = prepare(wanted, chat, objectives.get(wanted.objective.name), vocabulary, shown)
-    for rows in data.train.examples[:show]:
-        _show(rows, chat)
-    report = data.report._asdict()
-    return {
-        "rows": report.pop("read"),
-        "kept": report.pop("kept"),
-        "refused": report.pop("refused"),
-        "labelled_tokens": report.pop("labelled_tokens"),
-        "train_examples": len(data.train),
-        "validation_examples": len(data.validation) if data.validation is not None else 0,
-        **report | {"faults": [str(fault) for fault in report["faults"]], "unused": list(report["unused"])},
-    }
-
-
-def _show(rows: Sequence[Any], chat: Any) -> None:
-    """Tokens of a few rows, labels in colour: what the loss will see."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True)
-    for row in rows:
-        console.rule(row.role or f"example {row.example}")
-        text = Text()
-        for index, weight in zip(row.ids, row.weights, strict=True):
-            text.append(chat.decode([index], special=True), style="bold green" if weight else "dim")
-        console.print(text)
+    positions = fit(data, base, wanted)
+    print_rows(data.train.examples[:show], data.train.places[:show], chat, sys.stderr)
+    return {**data.document(), "positions": positions, "pad_is_eos": chat.pad_is_eos}
 
 
 def count_params(
@@ -237,6 +215,25 @@ def described(result: Mapping[str, Any]) -> str:
     """A result as lines to read."""
     width = max(map(len, result), default=0)
     return "\n".join(f"{name:<{width}}  {_readable(value)}" for name, value in result.items() if value is not None)
+
+
+def described_rows(result: Mapping[str, Any]) -> str:
+    """What `validate` found as lines to read."""
+    from peftctl.data.preflight import bars
+
+    listed = ("faults", "warnings", "histogram", "validation")
+    lines = [described({name: value for name, value in result.items() if name not in listed and value != []})]
+    lines += ["tokens a sequence", *bars(result["histogram"])]
+    if result["validation"] is not None:
+        lines += ["validation", "  " + described(_told(result["validation"])).replace("\n", "\n  ")]
+    for name in ("faults", "warnings"):
+        lines += [name, *(f"  {text}" for text in result[name])] if result[name] else []
+    return "\n".join(lines)
+
+
+def _told(report: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("name", "rows", "kept", "refused", "tokens", "labelled_tokens", "p50", "p90", "longest", "truncated")
+    return {name: report[name] for name in names}
 
 
 def described_counts(result: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ PeftctlError                  1   failed while running
 └── InputError                2   what the user gave is wrong; found before any time is spent
     ├── RecipeError           2   one or more `Problem`s, each with its place
     ├── DataError             2   a row or a file of data
+    │   └── NoLabel           2   a row of which nothing would be learnt
     ├── TargetError           2   `target_modules` and the like match nothing, or the wrong thing
     ├── ModelError            2   a base that is missing, gated, broken or of the wrong kind
     ├── FormatError           2   a file that is not what it should be
@@ -68,6 +69,10 @@ class RecipeError(InputError):
 
 
 class DataError(InputError):
+    pass
+
+
+class NoLabel(DataError):
     pass
 
 

@@ -70,7 +70,7 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     skeleton = models.skeleton(base, trust_remote_code=trust)
     with tokenising(options.quiet) as shown:
         data = prepare(recipe, chat, objectives.get(recipe.objective.name), skeleton.dimensions.vocabulary, shown)
-    _fit(data, base, methods.get(recipe.method.name).traits(recipe.method).virtual_tokens)
+    fit(data, base, recipe)
     adapters = _Adapters(recipe, base, skeleton, trust)
     start = adapters.named("method.init_from", recipe.method.init_from)
     reference = adapters.named("objective.reference", _reference(recipe))
@@ -88,20 +88,27 @@ def asked(recipe: Recipe, base: bases.Base) -> tuple[Recipe, bases.Base]:
     return recipe, base._replace(task=Task(objective.task, labels)) if labels else base
 
 
-def _fit(data: Prepared, base: bases.Base, virtual: int) -> None:
-    """Refuse rows that are longer than the base has positions for, beside so many virtual tokens."""
-    settings = base.settings()
+def fit(data: Prepared, base: bases.Base, recipe: Recipe) -> int | None:
+    """The positions that the base has for a row, beside the method's virtual tokens; None where it says nothing.
+
+    Raises DataError where a row is longer.
+    """
+    settings, virtual = base.settings(), methods.get(recipe.method.name).traits(recipe.method).virtual_tokens
     # T5's n_positions is what it was trained with: its positions are relative
     names = ("max_position_embeddings",) if base.two_sided else ("n_positions", "max_position_embeddings")
     known = [settings[key] for key in names if isinstance(settings.get(key), int)]
+    if not known:
+        return None
+    room: int = min(known) - virtual
     for report in filter(None, (data.report, data.validation_report)):
-        if known and report.longest > min(known) - virtual:
+        if report.reach > room:
             taken = f", {virtual} of them for virtual tokens" if virtual else ""
             raise DataError(
-                f"{report.name}: the longest row has {report.longest} tokens, the base has positions for {min(known)}"
-                f"{taken}; set data.max_length to at most {min(known) - virtual}, and data.on_bad_row: skip to leave "
-                "longer rows out"
+                f"{report.name}: the longest row has {report.reach} tokens, the base has positions for {min(known)}"
+                f"{taken}; set data.max_length to at most {room}, and data.on_bad_row: skip to leave longer rows out, "
+                "or data.truncate to cut them"
             )
+    return room
 
 
 def base_and_chat(

@@ -54,6 +54,8 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         return folder.result()
     with lock.held(folder.path), signals.caught() as stop, display(planned.steps, options.quiet) as shown:
         shown.notice(f"training {planned.counts.trainable:,} parameters ({planned.counts.summary})")
+        for line in planned.data.notes():
+            shown.notice(line)
         room.check(planned, folder.path, shown.notice)
         state = folder.open(planned, options, shown.notice)
         _same_threads(folder.choice("threads"), shown.notice)

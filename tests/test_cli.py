@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,6 +181,42 @@ def test_validate_reads_recipe_and_data_and_no_weights(call: Call) -> None:
     assert "<|im_end|>" in answer.err
     Path("bad.jsonl").write_text('{"messages": []}\n')
     assert "bad.jsonl" in call("validate", SMOKE, "--set", "data.train=bad.jsonl").err
+
+
+def test_validate_tells_figures_and_warnings(call: Call) -> None:
+    said = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, [said, said, {"messages": []}, {**said, "id": 1}])))
+    options = ("--set", "data.train=rows.jsonl", "--set", "data.validation=null", "--set", "train.eval_every=null")
+    options += ("--set", "data.on_bad_row=skip", "--set", "method={name: prefix, num_virtual_tokens: 20}")
+    told = call("validate", SMOKE, *options, "--json").document
+    assert (told["rows"], told["kept"], told["refused"], told["repeated"], told["positions"]) == (4, 3, 1, 2, 1004)
+    assert told["faults"] == ["rows.jsonl:3: messages must be a list of messages {role, content}; found an empty list"]
+    assert told["warnings"] == ["training examples that stand in the data more than once: 2"]
+    text = call("validate", SMOKE, *options).out
+    assert re.search(r"^rows +4$", text, re.M) and re.search(r"^tokens a sequence\n +1 to", text, re.M)
+    assert "warnings\n  training examples that stand" in text and "faults\n  rows.jsonl:3: " in text
+    held = call("validate", SMOKE, *options, "--set", f"data.validation={ROWS}")
+    assert re.search(r"^validation\n  name +.*messages\.jsonl\n  rows +12$", held.out, re.M)
+
+
+def test_rows_longer_than_the_positions_beside_virtual_tokens(call: Call) -> None:
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "a" * 999, "completion": "b"}) + "\n")
+    options = ("--set", "data.train=rows.jsonl", "--set", "data.validation=null", "--set", "train.eval_every=null")
+    assert call("validate", SMOKE, *options, "--json").document["longest"] == 1001
+    refused = call("validate", SMOKE, *options, "--set", "method={name: prefix, num_virtual_tokens: 24}").refusal
+    assert refused.startswith(
+        "rows.jsonl: the longest row has 1001 tokens, the base has positions for 1024, 24 of them"
+    )
+
+
+def test_validate_needs_no_torch() -> None:
+    code = (
+        "import sys; from peftctl import cli\n"
+        f"try: cli.main(['--quiet', 'validate', {SMOKE!r}, '--show', '1', '--json'])\n"
+        "except SystemExit as end: code = end.code\n"
+        "sys.exit(code or ('torch' in sys.modules) or ('transformers' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
 def test_generate(call: Call, trained: Path) -> None:

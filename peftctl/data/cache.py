@@ -139,7 +139,8 @@ def _opened(path: Path) -> Loaded:
         roles, lengths, report, prefixes, content = json.loads(file.read(length))
         file.seek(size - LENGTH - length - sum(lengths))
         packed = Packed(roles, tables_of(lengths, file.read))
-    lists = {"faults": tuple(Fault(*fault) for fault in report["faults"]), "unused": tuple(report["unused"])}
+    lists = {name: tuple(report[name]) for name in ("unused", "histogram")}
+    lists["faults"] = tuple(Fault(*fault) for fault in report["faults"])
     return Made(packed, Report(**report | lists), tuple(prefixes), content).loaded(reading(path))
 
 

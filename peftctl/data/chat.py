@@ -34,7 +34,8 @@ class Chat:
     """Encodes what objectives ask for; see `objectives.base.Encoder`.
 
     `tokens`: special tokens by name. `eos_ids`: the ids that end an answer, the end-of-turn token among them.
-    `vocabulary`: one more than the largest id. `template`: None for a tokenizer without one.
+    `opening`: what the tokenizer begins a text with. `vocabulary`: one more than the largest id. `template`: None for a
+    tokenizer without one.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Chat:
         self.template = self._compiled(template if template is not None else _template(self.folder, config), now)
         self.vocabulary = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.special = _pattern([*self._added(), *self.tokens.values()])
+        self.bos = self.tokenizer.token_to_id(self.tokens.get("bos_token", ""))
         self.eos = self.tokenizer.token_to_id(self.tokens.get("eos_token", ""))
         self.eos_ids = self._eos_ids()
 
@@ -109,6 +111,12 @@ class Chat:
     def token(self, index: int) -> str:
         """The token of an id, as the vocabulary spells it."""
         return self.tokenizer.id_to_token(index) or f"<{index}>"
+
+    @property
+    def pad_is_eos(self) -> bool:
+        """No harm here, as nothing is padded and EOS stays a label."""
+        pad = self.tokens.get("pad_token")
+        return pad is not None and pad == self.tokens.get("eos_token")
 
     def fingerprint(self) -> str:
         """The sha256 of all that an encoding, or a refusal's words, depends on."""

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftctl.data import cache
+from peftctl.data import cache, preflight
 from peftctl.data.cache import Made
 from peftctl.data.encoded import Dataset, Report
-from peftctl.data.encoding import SHOWN, Job, NoLabel, Tokenizer, Written
+from peftctl.data.encoding import COUNTED, SHOWN, Job, Tokenizer, Written
 from peftctl.data.formats import DESCRIBED
 from peftctl.data.mixing import Wanted, held_out, joined, summed, wanted
 from peftctl.data.order import PAIRED, order
@@ -22,7 +22,7 @@ from peftctl.data.sources import Fault, Part, files, fingerprint, place, shown
 from peftctl.errors import DataError
 from peftctl.objectives.base import Objective
 
-__all__ = ["NoLabel", "Prepared", "Tokenizer", "load", "prepare"]
+__all__ = ["Prepared", "Tokenizer", "load", "prepare"]
 
 Progress = Callable[[str, int, int | None], None]  # a source's name, rows done, rows in all if that can be guessed
 
@@ -34,6 +34,33 @@ class Prepared(NamedTuple):
     validation: Dataset | None
     report: Report
     validation_report: Report | None
+    repeated: int  # training examples that stood before
+    leaked: int  # held-out examples that are trained on as well
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is likely to be a mistake; each a sentence."""
+        held = self.validation_report
+        more = [] if held is None else [f"{held.name}: {text}" for text in preflight.warnings(held)]
+        return preflight.warnings(self.report, self.repeated, self.leaked) + more
+
+    def notes(self) -> list[str]:
+        """What a run tells before it begins."""
+        reports = [report for report in (self.report, self.validation_report) if report is not None]
+        return [*map(preflight.summary, reports), *(f"warning: {text}" for text in self.warnings)]
+
+    def document(self) -> dict[str, Any]:
+        """What `validate` answers, of the source that is trained on; that which is held out stands under its name."""
+        held = self.validation_report
+        return {
+            **preflight.document(self.report),
+            "train_examples": len(self.train),
+            "validation_examples": len(self.validation) if self.validation is not None else 0,
+            "repeated": self.repeated,
+            "leaked": self.leaked,
+            "warnings": self.warnings,
+            "validation": None if held is None else preflight.document(held),
+        }
 
 
 def silent(name: str, done: int, total: int | None) -> None:
@@ -71,8 +98,8 @@ def prepare(
             )
             for one in sources
         ]
-        reports = [report for _, report in found]
-        return [dataset for dataset, _ in found], reports[0] if len(reports) == 1 else summed(reports)
+        datasets, reports = [dataset for dataset, _ in found], [report for _, report in found]
+        return datasets, reports[0] if len(reports) == 1 else summed(reports, datasets)
 
     sources = wanted(data.train)
     trained, report = every(sources, data.limit)
@@ -82,9 +109,13 @@ def prepare(
         trained, held = held_out(trained, data.validation, seed, pieces=data.truncate == "split")
     elif data.validation is not None:
         held, held_report = every(wanted(data.validation), None)
-    train = _paired(joined(trained, [one.weight for one in sources]), objective, seed, "training")
-    validation = _paired(joined(held), objective, seed, "held-out") if held else None
-    return Prepared(train, validation, report, held_report)
+    train = joined(trained, [one.weight for one in sources])
+    validation = joined(held) if held else None
+    repeated, leaked = preflight.overlap(train, validation)
+    train = _paired(train, objective, seed, "training")
+    if validation is not None:
+        validation = _paired(validation, objective, seed, "held-out")
+    return Prepared(train, validation, report, held_report, repeated, leaked)
 
 
 def load(
@@ -141,12 +172,12 @@ def _encoded(
     if truncate == "split" and decided.format.kind != "text":
         raise DataError(f"{name} has {decided.format.described}; data.truncate: split is for raw text")
     job = Job(chat, objective, config, written, decided, max_length, vocabulary, truncate)
-    packed, faults, counts, longest = Packed(), list[tuple[int, str]](), Counter[str](), 0
+    packed, faults, counts, reach = Packed(), list[tuple[int, str]](), Counter[str](), 0
     for chunk in chunks(job, reading.batches(head), reading.long):
         packed.extend(chunk.packed)
         write(chunk.content)
         faults += chunk.faults[: SHOWN - len(faults)]
-        longest = max(longest, chunk.counts["longest"])
+        reach = max(reach, chunk.counts["reach"])
         counts.update(chunk.counts)
         seen |= dict.fromkeys(chunk.columns)
         progress(name, counts["read"], reading.expected())
@@ -154,20 +185,18 @@ def _encoded(
     listed = tuple(Fault(place(names, code), reason) for code, reason in faults)
     if counts["refused"] and (on_bad_row != "skip" or counts["refused"] == counts["read"]):
         raise DataError(_refusal(name, listed, counts["refused"], counts["read"], on_bad_row))
+    figures: dict[str, Any] = preflight.lengths(packed.tokens)._asdict() | {key: counts[key] for key in COUNTED}
     report = Report(
         name=name,
+        format=decided.format.name,
         kind=decided.format.kind,
         read=counts["read"],
         kept=counts["read"] - counts["refused"],
         refused=counts["refused"],
         faults=listed,
-        tokens=counts["tokens"],
-        labelled_tokens=counts["labelled_tokens"],
-        unlabelled=counts["unlabelled"],
-        ended=counts["ended"],
-        longest=longest,
-        truncated=counts["truncated"],
+        reach=reach,
         unused=decided.unused(tuple(seen)),
+        **figures,
     )
     return Made(packed, report, names, fingerprint(parts))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,20 +46,38 @@ class Lazy(Sequence[T], Generic[T]):
 
 
 class Examples(Lazy[tuple[Row, ...]]):
-    """`lengths` answers the tokens of each row of an example without reading them."""
+    """`lengths` answers the tokens of each row of an example without reading them, `digest` what `digest` does."""
 
     def __init__(
-        self, size: int, get: Callable[[int], tuple[Row, ...]], lengths: Callable[[int], Sequence[int]]
+        self,
+        size: int,
+        get: Callable[[int], tuple[Row, ...]],
+        lengths: Callable[[int], Sequence[int]],
+        digest: Callable[[int], int],
     ) -> None:
         super().__init__(size, get)
         self.lengths = lengths
+        self.digest = digest
+
+
+def digest(rows: Sequence[Row]) -> int:
+    """A number of 64 bits that examples of the same tokens have in common."""
+    found = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        found.update(array("I", (*row.ids, 0xFFFFFFFF)).tobytes())
+    return int.from_bytes(found.digest(), "little")
 
 
 def listed(examples: Sequence[tuple[Row, ...]]) -> Examples:
     """Examples that are in memory."""
     if isinstance(examples, Examples):
         return examples
-    return Examples(len(examples), examples.__getitem__, lambda index: [len(row.ids) for row in examples[index]])
+    return Examples(
+        len(examples),
+        examples.__getitem__,
+        lambda index: [len(row.ids) for row in examples[index]],
+        lambda index: digest(examples[index]),
+    )
 
 
 class Origin(NamedTuple):
@@ -100,7 +119,10 @@ class Dataset:
         """These examples alone, numbered anew."""
         chosen, own = array("L", indices), listed(self.examples)
         examples = Examples(
-            len(chosen), lambda new: numbered(own[chosen[new]], new), lambda new: own.lengths(chosen[new])
+            len(chosen),
+            lambda new: numbered(own[chosen[new]], new),
+            lambda new: own.lengths(chosen[new]),
+            lambda new: own.digest(chosen[new]),
         )
         return Dataset(self.name, examples, Lazy(len(chosen), lambda new: self.places[chosen[new]]), self.fingerprint)
 
@@ -111,18 +133,27 @@ def numbered(rows: tuple[Row, ...], example: int) -> tuple[Row, ...]:
 
 
 class Report(NamedTuple):
-    """What became of a source's rows. Tokens are counted in all rows of the kept examples."""
+    """What became of a source's rows. Tokens are counted in all sequences of the kept examples."""
 
     name: str
+    format: str
     kind: str
     read: int
     kept: int
     refused: int
     faults: tuple[Fault, ...]  # the first ten
+    sequences: int  # of which an example may have two, and a row that was split has several
     tokens: int
     labelled_tokens: int
     unlabelled: int  # examples refused because no token of theirs would be learnt
-    ended: int  # kept rows whose last label is an end token; far fewer than rows: the model will not learn to stop
+    answers: int  # sequences whose labels are tokens
+    ended: int  # those whose last label is an end token; far fewer than all: the model will not learn to stop
+    median: int  # tokens of a sequence
+    p90: int
     longest: int
+    reach: int  # positions that the longest takes up: of an encoder-decoder's row, those of its longer side
+    histogram: tuple[int, ...]  # sequences by length, in equal steps up to the longest
     truncated: int  # rows that were longer than data.max_length, and were cut or split
+    bos_doubled: int  # sequences that begin with BOS twice
+    bos_missing: int  # those that lack it, though the tokenizer begins texts with it
     unused: tuple[str, ...]  # columns that nothing reads

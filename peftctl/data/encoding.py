@@ -16,11 +16,16 @@ from peftctl.data.sides import Sides, chat_of
 from peftctl.data.sources import Cells, Json
 from peftctl.data.templates import Chosen
 from peftctl.data.truncation import fitted
-from peftctl.errors import DataError
+from peftctl.errors import DataError, NoLabel
 from peftctl.objectives.base import Encoder, Objective
 from peftctl.row import Example, Row
 
 SHOWN = 10  # faults that a report lists
+# of a report's figures, those that chunks add up to
+COUNTED = (
+    *("sequences", "tokens", "labelled_tokens", "unlabelled", "answers", "ended"),
+    *("truncated", "bos_doubled", "bos_missing"),
+)
 LENGTH = 8  # bytes of a number that tells a length
 
 Given = tuple[int, Json | str]  # a place, as a number; and a row, or why it is none
@@ -34,14 +39,13 @@ class Tokenizer(Encoder, Protocol):
     def fingerprint(self) -> str: ...
 
     @property
+    def bos(self) -> int | None: ...
+
+    @property
     def opening(self) -> tuple[int, ...]: ...
 
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
-
-
-class NoLabel(DataError):
-    """An example of which nothing would be learnt."""
 
 
 class Written(NamedTuple):
@@ -130,7 +134,8 @@ def encode(job: Job, given: Sequence[Given]) -> Chunk:
     """The rows that can be used, encoded by the objective, and what is wrong with the others."""
     packed, contents = Packed(), list[bytes]()
     faults: list[tuple[int, str]] = []
-    counts: Counter[str] = Counter(dict.fromkeys(("read", "refused", "unlabelled", "truncated", "longest"), 0))
+    opening = job.chat.opening
+    counts: Counter[str] = Counter(dict.fromkeys(("read", "refused", "unlabelled", "truncated", "reach"), 0))
     for place, row in given:
         counts["read"] += 1
         try:
@@ -141,10 +146,11 @@ def encode(job: Job, given: Sequence[Given]) -> Chunk:
             faults.append((place, str(error)))
             continue
         counts["truncated"] += size > job.max_length
+        counts["bos_missing"] += sum(own.ids[: len(opening)] != opening for own in pieces[0])
         for rows in pieces:
             contents.append(packed.add(rows, place))
-            counts.update(_counts(rows, job.chat.eos_ids))
-            counts["longest"] = max(counts["longest"], *(own.reach for own in rows))
+            counts.update(_counts(rows, job.chat))
+            counts["reach"] = max(counts["reach"], *(own.reach for own in rows))
     columns = dict.fromkeys(name for _, row in given if isinstance(row, dict) for name in row)
     return Chunk(packed, b"".join(contents), faults[:SHOWN], dict(counts), list(columns))
 
@@ -178,12 +184,15 @@ def encoded(
     return rows
 
 
-def _counts(rows: Sequence[Row], eos_ids: Sequence[int]) -> dict[str, int]:
+def _counts(rows: Sequence[Row], chat: Tokenizer) -> dict[str, int]:
     labels = [[index for index, weight in zip(row.ids[1:], row.weights[1:], strict=True) if weight] for row in rows]
     return {
+        "sequences": len(rows),
         "tokens": sum(len(row.ids) for row in rows),
         "labelled_tokens": sum(map(len, labels)),
-        "ended": sum(label[-1] in eos_ids for label in labels if label),
+        "answers": sum(not row.targets for row in rows),
+        "ended": sum(own[-1] in chat.eos_ids for row, own in zip(rows, labels, strict=True) if own and not row.targets),
+        "bos_doubled": sum(row.ids[:2] == (chat.bos, chat.bos) for row in rows),
     }
 
 

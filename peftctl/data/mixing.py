@@ -10,8 +10,9 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from peftctl.data.encoded import Dataset, Examples, Lazy, Origin, Report, listed, numbered
-from peftctl.data.encoding import SHOWN
+from peftctl.data.encoding import COUNTED, SHOWN
 from peftctl.data.order import Mix, split
+from peftctl.data.preflight import lengths
 from peftctl.errors import DataError
 from peftctl.row import Row
 
@@ -68,9 +69,13 @@ def joined(datasets: Sequence[Dataset], weights: Sequence[float | None] = ()) ->
         part, inside = at(index)
         return numbered(own[part][inside], index)
 
-    def lengths(index: int) -> Sequence[int]:
+    def sizes_of(index: int) -> Sequence[int]:
         part, inside = at(index)
         return own[part].lengths(inside)
+
+    def digest(index: int) -> int:
+        part, inside = at(index)
+        return own[part].digest(inside)
 
     def place(index: int) -> str:
         part, inside = at(index)
@@ -81,7 +86,7 @@ def joined(datasets: Sequence[Dataset], weights: Sequence[float | None] = ()) ->
     origins = [Origin(data.name, data.fingerprint, len(data), n) for data, n in zip(datasets, counts, strict=True)]
     return Dataset(
         name=", ".join(data.name for data in datasets),
-        examples=Examples(ends[-1], rows, lengths),
+        examples=Examples(ends[-1], rows, sizes_of, digest),
         places=Lazy(ends[-1], place),
         fingerprint=hashlib.sha256("".join(data.fingerprint for data in datasets).encode()).hexdigest(),
         origins=tuple(origins),
@@ -89,16 +94,20 @@ def joined(datasets: Sequence[Dataset], weights: Sequence[float | None] = ()) ->
     )
 
 
-def summed(reports: Sequence[Report]) -> Report:
+def summed(reports: Sequence[Report], datasets: Sequence[Dataset]) -> Report:
     """The reports on several sources as one."""
-    numbers = ("read", "kept", "refused", "tokens", "labelled_tokens", "unlabelled", "ended", "truncated")
+    examples = [listed(data.examples) for data in datasets]
+    sizes = (size for own in examples for index in range(len(own)) for size in own.lengths(index))
+    numbers = ("read", "kept", "refused", *COUNTED)
+    figures: dict[str, Any] = lengths(sizes)._asdict() | {n: sum(getattr(r, n) for r in reports) for n in numbers}
     return Report(
         name=", ".join(report.name for report in reports),
+        format=", ".join(dict.fromkeys(report.format for report in reports)),
         kind=", ".join(dict.fromkeys(report.kind for report in reports)),
         faults=tuple(fault for report in reports for fault in report.faults)[:SHOWN],
-        longest=max(report.longest for report in reports),
+        reach=max(report.reach for report in reports),
         unused=tuple(dict.fromkeys(name for report in reports for name in report.unused)),
-        **{name: sum(getattr(report, name) for report in reports) for name in numbers},
+        **figures,
     )
 
 

@@ -15,10 +15,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from peftctl.data.encoded import Examples
+from peftctl.data.encoded import Examples, digest
 from peftctl.row import Row
 
-TABLES = {"tokens": "I", "kinds": "B", "ends": "Q", "counts": "I", "places": "Q"}
+TABLES = {"tokens": "I", "kinds": "B", "ends": "Q", "counts": "I", "places": "Q", "digests": "Q"}
 MORE = tuple(name for name in Row._fields if name not in ("ids", "weights", "example", "role"))
 
 Read = Callable[[int, int], bytes]  # from, to
@@ -28,13 +28,14 @@ class Packed:
     """The tables of encoded examples; their rows' bytes lie elsewhere.
 
     Of each row: `tokens`, `kinds` (the number of its role, doubled, and whether its weights are wide), `ends`, where
-    its bytes end. Of each example: `counts`, its rows, and `places`, a number for whoever made it.
+    its bytes end. Of each example: `counts`, its rows, `places`, a number for whoever made it, and `digests`, by which
+    equal ones are told.
     """
 
     def __init__(self, roles: Iterable[str] = (), tables: Iterable[array[int]] | None = None) -> None:
         self.roles = list(roles)
         self.tables = list(tables or map(array, TABLES.values()))
-        self.tokens, self.kinds, self.ends, self.counts, self.places = self.tables
+        self.tokens, self.kinds, self.ends, self.counts, self.places, self.digests = self.tables
 
     @property
     def size(self) -> int:
@@ -53,6 +54,7 @@ class Packed:
             self.ends.append(self.size + len(contents[-1]))
         self.counts.append(len(rows))
         self.places.append(place)
+        self.digests.append(digest(rows))
         return b"".join(contents)
 
     def extend(self, other: Packed) -> None:
@@ -63,6 +65,7 @@ class Packed:
         self.ends.extend(start + end for end in other.ends)
         self.counts.extend(other.counts)
         self.places.extend(other.places)
+        self.digests.extend(other.digests)
 
     def examples(self, read: Read) -> Examples:
         """All examples; `read` answers some of their rows' bytes."""
@@ -79,7 +82,10 @@ class Packed:
                 self._row(row, content[self._start(row) - start : self.ends[row] - start], index) for row in own
             )
 
-        return Examples(len(self.counts), rows, lambda index: [self.tokens[row] for row in rows_of(index)])
+        def lengths(index: int) -> list[int]:
+            return [self.tokens[row] for row in rows_of(index)]
+
+        return Examples(len(self.counts), rows, lengths, self.digests.__getitem__)
 
     def _row(self, row: int, content: bytes, example: int) -> Row:
         count, kind = self.tokens[row], self.kinds[row]

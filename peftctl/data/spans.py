@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from peftctl.data.template import Rendered, Template
-from peftctl.errors import DataError
+from peftctl.errors import DataError, NoLabel
 from peftctl.row import Message
 
 PROBE = "peftctlprobe"
@@ -84,7 +84,7 @@ def turns(messages: Sequence[Message], trained: Trained) -> dict[int, float]:
     roles = ("assistant",) if isinstance(trained, str) else trained
     named = [index for index, message in enumerate(messages) if message.role in roles]
     if not named:
-        raise DataError(f"no {' or '.join(roles)} turn; there is nothing to learn from")
+        raise NoLabel(f"no {' or '.join(roles)} turn; there is nothing to learn from")
     if trained == "all":
         weighed = [index for index, message in enumerate(messages, 1) if message.weight not in (None, 1.0)]
         if weighed:
@@ -95,7 +95,7 @@ def turns(messages: Sequence[Message], trained: Trained) -> dict[int, float]:
     chosen = dict.fromkeys(named, 1.0) | {i: w for i, w in own.items() if trained != "last" or i in named}
     found = {index: chosen[index] for index in sorted(chosen) if chosen[index]}
     if not found:
-        raise DataError("all that would be learnt has weight 0 (or train: false); there is nothing to learn from")
+        raise NoLabel("all that would be learnt has weight 0 (or train: false); there is nothing to learn from")
     return found
 
 

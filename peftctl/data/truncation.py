@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftctl.errors import DataError
+from peftctl.errors import DataError, NoLabel
 from peftctl.row import Row
 
 
@@ -25,7 +25,7 @@ def fitted(rows: tuple[Row, ...], limit: int, how: str, opening: Sequence[int] =
         return [_left(rows, size - limit, opening)]
     first = min(map(_first, rows))
     if first >= limit and not rows[0].targets:
-        raise DataError(f"the prompt alone has {first} tokens, and data.max_length {limit} leaves no answer room")
+        raise NoLabel(f"the prompt alone has {first} tokens, and data.max_length {limit} leaves no answer room")
     if how == "right":
         return [tuple(_right(row, limit) for row in rows)]
     which = f"the {longest.role} answer's row" if longest.role else "the row"

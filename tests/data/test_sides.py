@@ -46,7 +46,7 @@ def encoded(chat: Sides, tmp_path: Path, row: dict[str, Any], **options: Any) ->
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     dataset, report = load(tmp_path / "rows.jsonl", chat, SFT, CONFIG, **options)
     ((row_,),) = dataset.examples
-    assert report.longest == row_.reach and report.ended == 1
+    assert report.reach == row_.reach and report.ended == 1
     return row_
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from peftctl.data.formats import values
 from peftctl.data.formats.format import Format
 from peftctl.data.sources import Json
-from peftctl.errors import DataError, suggest
+from peftctl.errors import DataError, NoLabel, suggest
 from peftctl.row import Example, Message
 
 SPEAKERS = {
@@ -86,7 +86,7 @@ def _system(row: Json) -> tuple[Message, ...]:
 
 def _example(messages: tuple[Message, ...], column: str, row: Json) -> Example:
     if not any(message.role == "assistant" for message in messages):
-        raise DataError(f"no assistant turn in {column}; there is nothing to learn from")
+        raise NoLabel(f"no assistant turn in {column}; there is nothing to learn from")
     return Example("messages", "", messages, tools=values.tools(row.get("tools")))
 
 

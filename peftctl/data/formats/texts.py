@@ -5,7 +5,7 @@ from __future__ import annotations
 from peftctl.data.formats import values
 from peftctl.data.formats.format import Format
 from peftctl.data.sources import Json
-from peftctl.errors import DataError
+from peftctl.errors import NoLabel
 from peftctl.row import Example, Message
 
 
@@ -24,7 +24,7 @@ def _answer(row: Json) -> tuple[Message, ...]:
         return (Message("assistant", values.text(row["completion"], "completion")),)
     answer = values.dialogue(row["completion"], "completion")
     if not any(message.role == "assistant" for message in answer):
-        raise DataError("no assistant turn in completion; there is nothing to learn from")
+        raise NoLabel("no assistant turn in completion; there is nothing to learn from")
     return answer
 
 
