@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -173,12 +174,12 @@ class Chat:
     def _label(self, text: str, spans: Sequence[Span]) -> Encoded:
         """A token is a label when it starts inside a span."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        weights, which = [], 0
-        for start, _ in encoding.offsets:
-            while which < len(spans) and start >= spans[which].stop:
-                which += 1
-            weights.append(spans[which].weight if which < len(spans) and start >= spans[which].start else 0.0)
-        return tuple(encoding.ids), tuple(weights)
+        starts = [start for start, _ in encoding.offsets]  # in order, as the tokens are
+        weights: list[float] = []
+        for span in spans:
+            first, after = (bisect_left(starts, edge, lo=len(weights)) for edge in (span.start, span.stop))
+            weights += [0.0] * (first - len(weights)) + [span.weight] * (after - first)
+        return tuple(encoding.ids), (*weights, *[0.0] * (len(starts) - len(weights)))
 
     def _continuation(self, prompt: str, answer: str) -> tuple[int, ...]:
         """Ids of the answer after the prompt's own ids, which stay as they are when the model is asked."""
