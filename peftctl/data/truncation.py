@@ -22,7 +22,7 @@ def fitted(rows: tuple[Row, ...], limit: int, how: str, opening: Sequence[int] =
     if how == "split":
         return [(_piece(longest, start, limit),) for start in range(0, size - 1, limit - 1)]
     if how == "left":
-        return [_left(rows, size - limit, opening)]
+        return [_left(rows, limit, opening)]
     first = min(map(_first, rows))
     if first >= limit and not rows[0].targets:
         raise NoLabel(f"the prompt alone has {first} tokens, and data.max_length {limit} leaves no answer room")
@@ -45,13 +45,16 @@ def _right(row: Row, limit: int) -> Row:
     return row.part(0, limit)
 
 
-def _left(rows: tuple[Row, ...], over: int, opening: Sequence[int]) -> tuple[Row, ...]:
-    """The rows without so many tokens; what a pair's rows have in common stays common."""
+def _left(rows: tuple[Row, ...], limit: int, opening: Sequence[int]) -> tuple[Row, ...]:
+    """The rows without the tokens that are too many; what a pair's rows have in common stays common."""
+    longest = max(len(row.ids) for row in rows)
+    over = longest - limit
     kept = len(opening) if all(row.ids[: len(opening)] == tuple(opening) for row in rows) else 0
     start = _answer(rows[0]) if len(rows) == 1 else min(map(_first, rows))
     if kept + over > start:
-        size = max(len(row.ids) for row in rows) - start
-        raise DataError(f"the answer alone has {size} tokens, more than data.max_length leaves room for; raise it")
+        raise DataError(
+            f"the answer alone has {longest - start} tokens, for which data.max_length {limit} leaves no room"
+        )
     return tuple(_joined(row.part(0, kept), row.part(kept + over, len(row.ids))) for row in rows)
 
 

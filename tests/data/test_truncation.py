@@ -57,7 +57,7 @@ def test_left_keeps_bos_and_the_last_answer():
     [(found,)] = fitted((row(".xx..xx"),), 5, "left", BOS)
     assert found == Row((0, 4, 5, 6, 7), (0.0, 0.0, 0.0, 1.0, 1.0))
     assert cut((row("..xxxx"),), "left", 5) == [(0, 3, 4, 5, 6)]
-    with pytest.raises(DataError, match=r"the answer alone has 4 tokens, more than data\.max_length leaves room for"):
+    with pytest.raises(DataError, match=r"the answer alone has 4 tokens, for which data\.max_length 4 leaves no room"):
         cut((row("..xxxx"),), "left", 4)
 
 
