@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,9 @@ def peak_memory_bytes() -> int:
 
 def _data(planned: Plan) -> dict[str, Any]:
     sets = {"train": planned.data.train, "validation": planned.data.validation}
-    return {name: _content(data) for name, data in sets.items() if data is not None}
+    found: dict[str, Any] = {name: _content(data) for name, data in sets.items() if data is not None}
+    template = planned.chat.template
+    return found if template is None else found | {"chat_template": sha256(template.source.encode()).hexdigest()}
 
 
 def _content(data: Dataset) -> dict[str, Any]:
