@@ -122,6 +122,21 @@ def test_rows_that_stand_twice(here, chat):
     assert prepare(recipe(KTO.config(name="kto")), chat, KTO).repeated == 1
 
 
+def test_several_sources_are_told_as_one(here, chat):
+    write(here, talk("a", "b"), talk("a", "longer " * 9))
+    write(here, {"prompt": "a", "completion": "b"}, talk("a", "b"), name="other.jsonl")
+    found = prepare(
+        recipe(train=["train.jsonl", {"path": "other.jsonl", "format": "completion"}], on_bad_row="skip"), chat, SFT
+    )
+    told, rows = found.document(), found.train.rows(range(len(found.train)))
+    assert (told["rows"], told["kept"], told["refused"], told["sequences"]) == (4, 3, 1, 3)
+    assert (told["format"], told["name"]) == ("messages, completion", "train.jsonl, other.jsonl")
+    assert told["longest"] == max(len(row.ids) for row in rows) and told["tokens"] == sum(len(row.ids) for row in rows)
+    assert sum(count for *_, count in told["histogram"]) == 3 and told["repeated"] == 0
+    found = prepare(recipe(train=["train.jsonl", "train.jsonl"]), chat, SFT)
+    assert (found.repeated, len(found.train)) == (2, 4)
+
+
 def test_examples_are_told_apart_by_their_rows():
     rows = [(Row((1, 2), (0.0, 1.0)),), (Row((1, 2, 3), (0.0, 1.0, 1.0)),)]
     apart, joined = (Row((1,), (0.0,)), Row((2,), (0.0,))), (Row((1, 2), (0.0, 1.0)),)

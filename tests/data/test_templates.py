@@ -12,7 +12,7 @@ from peftctl.composed import templates
 from peftctl.data.chat import Chat
 from peftctl.data.encoding import Job, Written, job_of
 from peftctl.data.templates import Chosen, chosen
-from peftctl.errors import DataError, RecipeError
+from peftctl.errors import DataError, InputError, RecipeError, Stopped
 from peftctl.objectives import get
 from peftctl.row import Message
 from tests import runs
@@ -160,3 +160,14 @@ def test_another_process_gets_the_same_template(folders):
         again = job_of(json.loads(json.dumps(job.document()))).chat
         assert (again.system, again.fingerprint()) == (chat.system, chat.fingerprint())
         assert chat.template is None or again.template.name == chat.template.name
+
+
+def test_a_template_that_was_changed_meanwhile_is_refused(tmp_path):
+    own, output = tmp_path / "own.jinja", tmp_path / "run"
+    own.write_text(templates()["chatml"].read_text())
+    contents = runs.document(data={"chat_template": str(own)})
+    with runs.stopped_after(2, output), pytest.raises(Stopped):
+        runs.train(output, contents)
+    own.write_text("{{- 'Well.' -}}" + own.read_text())
+    with pytest.raises(InputError, match=r"the data's content\.chat_template"):
+        runs.train(output, contents, resume=True)
