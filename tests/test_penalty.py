@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from peftctl.distributed import ALONE
 from peftctl.methods.attachment import Attachment
 from peftctl.penalty import penalised
 from peftctl.trainer import Question, _backward, evaluate
@@ -32,7 +33,7 @@ def test_it_counts_once_a_step_however_that_is_cut(name: str, size: int) -> None
         attachment = Drawn(dict(toy.named_parameters())) if wanted else Attachment()
         question = Question(penalised(objective, attachment), config, toy)
         batches, _ = Shuffled(make_rows(8), size, 4 // size).step(0)
-        loss, metrics = _backward(question, batches, 1, torch.device("cpu"))
+        loss, metrics = _backward(question, batches, 1, torch.device("cpu"), ALONE)
         found[wanted] = (loss, {n: p.grad for n, p in toy.named_parameters()}, metrics)
     penalty = sum(float(p.detach().square().sum()) for p in Toy().parameters())
     assert found[True][0] == pytest.approx(found[False][0] + penalty, rel=1e-5)
