@@ -152,6 +152,17 @@ def _with_tokens(base: bases.Base, tokens: Sequence[str]) -> bases.Base:
     return base._replace(tokenizer=extended(own.folder, tokens), rows=rows)
 
 
+def without_tokens(planned: Plan) -> tuple[bases.Base, Chat]:
+    """Base and tokenizer without the adapter's new tokens, and then without a template that may need them."""
+    if planned.base.rows is None:
+        return planned.base, planned.chat
+    recipe = planned.recipe
+    model = recipe.model.model_copy(update={"add_tokens": None})
+    data = recipe.data.model_copy(update={"chat_template": None, "system": None})
+    base, chat = base_and_chat(recipe.model_copy(update={"model": model, "data": data}))
+    return base._replace(task=planned.base.task), chat
+
+
 def suited(base: bases.Base, recipe: Recipe) -> bases.Base:
     """The base, whose kind must be the one that the recipe asks for. Raises ModelError."""
     task, kind = recipe.model.task, base.settings()["model_type"]

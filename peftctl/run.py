@@ -23,7 +23,7 @@ from peftctl.formats import peft
 from peftctl.loading import Training, load
 from peftctl.merging import merge
 from peftctl.penalty import penalised
-from peftctl.plan import Options, Plan, base_and_chat, plan
+from peftctl.plan import Options, Plan, plan, without_tokens
 from peftctl.policy import Policy
 from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
@@ -150,8 +150,7 @@ def _with_weights(planned: Plan, folder: RunFolder) -> Plan:
         return planned
     target = folder.path / "base"
     if not target.is_dir():
-        plain = planned.recipe.model.model_copy(update={"add_tokens": None})  # these belong to the adapter
-        base, chat = base_and_chat(planned.recipe.model_copy(update={"model": plain}))
+        base, chat = without_tokens(planned)
         model = models.load(base, "auto", "cpu", planned.recipe.train.seed)
         with written_aside(target) as temporary:
             model.save_pretrained(temporary)

@@ -28,7 +28,7 @@ from peftctl.model import load as load_model
 from peftctl.model import skeleton as table_of
 from peftctl.opened import policy_of
 from peftctl.plan import Options, plan
-from peftctl.row import Row
+from peftctl.row import Message, Row
 from peftctl.skeleton import NewRows
 from peftctl.surgery import skeleton
 from tests import runs
@@ -313,6 +313,22 @@ def test_a_run_trains_saves_resumes_and_merges_them(tmp_path: Path) -> None:
         export(str(tmp_path / "run"), tmp_path / "out", to="peft", server="vllm")
     export(str(tmp_path / "run"), tmp_path / "out", to="peft")
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "run" / "adapter" / WEIGHTS).read_bytes()
+
+
+def test_a_template_gets_the_tokens_that_the_base_lacks(tmp_path: Path) -> None:
+    marks = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    contents = document(model={"add_tokens": None}, data={"chat_template": "llama3"})
+    with pytest.raises(
+        InputError, match=r"needs <\|start_header_id\|>, .* does not have; model.add_tokens gives a base"
+    ):
+        runs.train(tmp_path / "run", contents)
+    contents["model"]["add_tokens"] = marks
+    runs.train(tmp_path / "run", contents, verify=True)
+    chat = opened.open(opened.find(str(tmp_path / "run")), device="cpu").chat
+    first = chat.vocabulary - 3
+    ids, weights = chat.dialogue([Message("user", "a"), Message("assistant", "b")])
+    assert [i for i in ids if i >= first] == [first, first + 1, first + 2] * 2
+    assert weights[-1] == 1 and ids[-1] == first + 2 in chat.eos_ids  # the answer's end is learnt, and ends it
 
 
 def test_dpo_starts_at_ln_2_against_the_grown_base(tmp_path: Path) -> None:

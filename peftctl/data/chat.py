@@ -147,7 +147,8 @@ class Chat:
         found = wanted if isinstance(wanted, Chosen) else Chosen(wanted, f"the chat template of {self.folder}")
         source, missing = found.source, [token for token in needs(found.source) if not self._has(token)]
         if missing:
-            raise DataError(f"{found.name} needs {', '.join(missing)}, which the tokenizer {self.folder} does not have")
+            lacking = f"{found.name} needs {', '.join(missing)}, which the tokenizer {self.folder} does not have"
+            raise DataError(f"{lacking}; model.add_tokens gives a base new tokens")
         bos = self.tokens.get("bos_token", "")
         if found.shipped and self.opening and self.opening == (self.tokenizer.token_to_id(bos),):
             source = "{{- bos_token -}}" + source
