@@ -121,7 +121,8 @@ def _turn(dialogue: Dialogue, full: str, index: int) -> tuple[int, int]:
         raise DataError(_disagree(dialogue, index, "the prompt for it is not how it begins"))
     if not full.startswith(upto[:stop]):
         why = "it changes when more turns follow"
-        raise DataError(_disagree(dialogue, index, why) + "; set objective.trained: last")
+        remedy = "learn the last turn alone (of dialogues: objective.trained: last; of pairs: let no other differ)"
+        raise DataError(f"{_disagree(dialogue, index, why)}; {remedy}")
     return len(opening), stop
 
 

@@ -33,11 +33,15 @@ class ReferenceConfig(PreferenceConfig):
 
 
 def encode(example: Example, encoder: Encoder, config: ObjectiveConfig) -> tuple[Row, ...]:
-    """Two rows, chosen and rejected, that begin with the same prompt. Raises DataError with the reason."""
+    """Two rows, chosen and rejected, that begin with the same prompt. Raises DataError with the reason.
+
+    Where answers go on for several turns, all that the assistant says in them is learnt, and nothing of the user's.
+    """
+    before = [message._replace(weight=0.0) for message in example.messages]
     chosen, rejected = (
         Row(*encoder.completion(example.prompt_text, answer), role=role)
         if isinstance(answer, str)
-        else Row(*encoder.dialogue((*example.messages, *answer), "last", example.tools), role=role)
+        else Row(*encoder.dialogue((*before, *answer), "assistant", example.tools), role=role)
         for role, answer in (("chosen", example.chosen), ("rejected", example.rejected))
     )
     if chosen.ids == rejected.ids:

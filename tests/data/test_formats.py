@@ -169,17 +169,54 @@ PLAIN = {"prompt": "q", "completion": "good"}
         ("unpaired", {"messages": [USER, GOOD], "label": True, "prompt": "q"}, "one of them is meant"),
         ("preference", {"chosen": "a", "rejected": [BAD], "prompt": "x"}, "one is a text and the other is not"),
         ("preference", {"chosen": [GOOD], "rejected": [BAD]}, "no common prompt"),
-        ("preference", {**PAIRS, "prompt": "other"}, "the prompt is not among"),
+        ("preference", {**PAIRS, "prompt": "other"}, "begin with other messages than the prompt has"),
         ("preference", {**PAIRS, "prompt": [USER, GOOD]}, "begin with other messages"),
-        ("preference", {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD]}, "chosen has 3 messages"),
-        ("preference", {"chosen": [USER, GOOD, USER], "rejected": [USER, BAD]}, "exactly one assistant message"),
-        ("preference", {"chosen": [USER], "rejected": [USER, BAD]}, "chosen has 0 messages"),
+        (
+            "preference",
+            {"chosen": [USER, GOOD, USER], "rejected": [USER, BAD]},
+            "chosen ends with a message of the user",
+        ),
+        ("preference", {"chosen": [USER], "rejected": [USER, BAD]}, "chosen is empty: the other one begins with all"),
+        ("preference", {"chosen": [USER, GOOD, USER, BAD], "rejected": [USER, GOOD]}, "rejected is empty"),
+        (
+            "preference",
+            {"chosen": [USER, GOOD], "rejected": [USER, USER, BAD]},
+            "rejected goes on with a message of the",
+        ),
     ],
 )
 def test_a_bad_row_has_its_reason(kind, row, reason):
     with pytest.raises(DataError) as caught:
         example(row, kind)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+MORE, SYSTEM = ({"role": role, "content": "and then?"} for role in ("user", "system"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "shared"),
+    [
+        ([USER, GOOD, MORE, GOOD], [USER, GOOD, MORE, BAD], 3),  # a history of several turns
+        ([USER, GOOD, MORE, GOOD], [USER, BAD], 1),  # answers of several turns, not of as many
+        ([USER, GOOD, MORE, GOOD, MORE, BAD], [USER, GOOD, MORE, BAD, USER, GOOD], 3),
+        ([SYSTEM, USER, GOOD, MORE, GOOD], [SYSTEM, USER, GOOD, MORE, BAD], 4),
+    ],
+)
+def test_a_pair_parts_at_the_first_answer_that_differs(chosen, rejected, shared):
+    everything = [tuple(Message(**m) for m in side) for side in (chosen, rejected)]
+    question = next(n for n, m in enumerate(chosen) if m["role"] == "user") + 1
+    rows = [
+        {"chosen": chosen, "rejected": rejected},
+        {"chosen": chosen, "rejected": rejected, "prompt": USER["content"]},
+        {"chosen": chosen, "rejected": rejected, "prompt": chosen[:question]},
+        # the question in its own column alone, and all turns after it as the answers
+        {"chosen": chosen[question:], "rejected": rejected[question:], "prompt": chosen[:question]},
+    ]
+    for one in rows:
+        found = example(one, "preference")
+        assert found.messages == everything[0][:shared]
+        assert (found.chosen, found.rejected) == tuple(side[shared:] for side in everything)
 
 
 def test_bad_rows_do_not_hide_good_ones():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from peftctl.batch import build
+from peftctl.data.chat import Chat
 from peftctl.errors import DataError
 from peftctl.objectives import get
 from peftctl.row import Example, Message
@@ -18,7 +20,7 @@ every = pytest.mark.parametrize("name", PAIRED)
 
 class Encoder:
     def dialogue(self, messages, trained, tools=()):
-        return tuple(len(m.content) for m in messages), (0.0, float(trained == "last"))
+        return tuple(len(m.content) for m in messages), tuple(float(m.weight is None) for m in messages)
 
     def completion(self, prompt, answer):
         return (len(prompt), len(answer)), (0.0, 1.0)
@@ -153,6 +155,23 @@ def test_encodes_a_pair_of_either_form_and_refuses_equal_ones(name):
     same = talk._replace(rejected=(Message("assistant", "same"),))  # another text, the same tokens
     with pytest.raises(DataError, match="chosen and rejected are the same tokens"):
         objective.encode(same, Encoder(), config)
+
+
+def test_answers_of_several_turns_are_learnt_by_what_the_assistant_says():
+    chat = Chat(Path(__file__).parents[2] / "configs" / "tokenizer")
+    said = [Message("assistant" if n % 2 else "user", text) for n, text in enumerate("abcdefg", 0)]
+    history, chosen = tuple(said[:3]), tuple(said[3:6])  # d, then the user's e, then f
+    rejected = (Message("assistant", "no"),)
+    pair = Example("preference", "", history, chosen=chosen, rejected=rejected)
+    rows = get("dpo").encode(pair, chat, get("dpo").config(name="dpo"))
+    end = chat.token(chat.eos_ids[-1])
+    learnt = [chat.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w], special=True) for row in rows]
+    assert learnt == [f"d{end}f{end}", f"no{end}"]
+    start = build(rows).parent.tolist().index(-1)
+    assert (
+        chat.decode(rows[0].ids[: build(rows).spans[start][1]], special=True).count("c") == 1
+    )  # the history is shared
+    assert len(build(rows)) < sum(len(row.ids) for row in rows) - len(chat.render_prompt(history)) + 1
 
 
 # by hand, from the papers: one pair, chosen of 3 tokens at -1 each, rejected of 4 at -1.5 each; reference -1.2, -1.4

@@ -55,30 +55,38 @@ def _dialogues(row: Json) -> Example:
     common = _common(chosen, rejected)
     prompt = _prompt(row.get("prompt"), chosen[:common])
     answers = chosen[common:], rejected[common:]
-    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if [message.role for message in answer] != ["assistant"]:
+    named = dict(zip(("chosen", "rejected"), answers, strict=True))
+    for name in (name for name, answer in named.items() if not answer):
+        raise DataError(f"{name} is empty: the other one begins with all of its messages")
+    for name, answer in named.items():
+        if answer[0].role != "assistant":
             raise DataError(
-                f"{name} has {len(answer)} messages after what it shares with the other answer "
-                f"({values.listed(m.role for m in answer)}); exactly one assistant message is learnt from"
+                f"{name} goes on with a message of the {answer[0].role}'s where chosen and rejected part; "
+                "a pair has one prompt, and the assistant's answers differ"
             )
+        if answer[-1].role != "assistant":
+            raise DataError(f"{name} ends with a message of the {answer[-1].role}'s, not with an answer")
     return Example("preference", "", prompt, chosen=answers[0], rejected=answers[1])
 
 
 def _prompt(given: Any, shared: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The prompt of two dialogues, from its own column or from what they share; both must agree."""
+    """The prompt of two dialogues, from its own column or from what they share, or both: a question and later turns."""
     if given is None:
         if not shared:
             raise DataError("no common prompt: chosen and rejected differ from their first message on")
         return shared
     if isinstance(given, str):
         message = Message("user", values.text(given, "prompt"))
-        if shared and message not in shared:
-            raise DataError("the prompt is not among the messages that chosen and rejected begin with")
-        return shared or (message,)
-    messages = values.dialogue(given, "prompt")
-    if shared and shared != messages:
+        if message in shared:
+            return shared
+        messages: tuple[Message, ...] = (message,)
+    else:
+        messages = values.dialogue(given, "prompt")
+    if shared[: len(messages)] == messages:
+        return shared
+    if shared and shared[0].role != "assistant":  # the assistant's may be turns that follow the prompt
         raise DataError("chosen and rejected begin with other messages than the prompt has")
-    return messages
+    return (*messages, *shared)
 
 
 def _common(a: Sequence[object], b: Sequence[object]) -> int:
