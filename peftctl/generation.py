@@ -84,11 +84,11 @@ def _prompt(policy: Policy, ids: Sequence[int]) -> tuple[Tensor, dict[str, Any]]
     if virtual is None:
         return torch.tensor([list(ids)], device=device), {}
     stand_ins = [0] * virtual.length
-    return torch.tensor([stand_ins + list(ids)], device=device), {_cache_name(policy): _primed(policy, virtual)}
+    return torch.tensor([stand_ins + list(ids)], device=device), {_cache_name(policy): primed(policy, virtual)}
 
 
-def _primed(policy: Policy, virtual: Virtual) -> Any:
-    """A cache that holds the virtual tokens."""
+def primed(policy: Policy, virtual: Virtual) -> Any:
+    """A cache of one row that holds the virtual tokens."""
     dtype = next(policy.model.parameters()).dtype
     if virtual.embeds is not None:
         return policy.trunk(inputs_embeds=virtual.embeds[None].to(dtype), use_cache=True).past_key_values

@@ -160,7 +160,7 @@ class Policy(nn.Module):
         with attention.running(self.model, state), self.below(batch):
             inputs = self._inputs(batch.ids[None], batch.positions[None], virtual)
             types = self._types(None if batch.types is None else batch.types[None])
-            output = self.trunk(**inputs, **types, **self._positions(positions[None]), **self._no_cache)
+            output = self.trunk(**inputs, **types, **self.positions(positions[None]), **self._no_cache)
         self.attention_calls = state.calls
         return last_hidden(output)[0]
 
@@ -175,10 +175,10 @@ class Policy(nn.Module):
         length = virtual.held if virtual is not None else 0
         mask = torch.cat([real.new_ones(len(rows), length), real], dim=1).long()
         places_in_row = torch.arange(width, device=device).expand(len(rows), -1)
-        extra = self._positions(places_in_row + length + self.layout.first_position) | self._no_cache
+        extra = self.positions(places_in_row + length + self.layout.first_position) | self._no_cache
         extra |= self._types(types)
         if virtual is not None and length:
-            extra = extra | {self._cache_name: cache_of(virtual, len(rows)), "use_cache": True}
+            extra = extra | {self.cache_name: cache_of(virtual, len(rows)), "use_cache": True}
         output = self.trunk(**self._inputs(ids, places_in_row, virtual), attention_mask=mask, **extra)
         places = batch.labels.row * width + (0 if first else batch.positions[batch.labels.source])
         return last_hidden(output).flatten(0, 1), places
@@ -203,14 +203,15 @@ class Policy(nn.Module):
         return {"use_cache": False} if "use_cache" in self._accepted else {}
 
     @property
-    def _cache_name(self) -> str:
+    def cache_name(self) -> str:
         """transformers 5 renamed `past_key_values` to `cache` on the way."""
         names = [name for name in ("cache", "past_key_values") if name in self._accepted]
         if not names:
             raise ModelError(f"{type(self.model).__name__} accepts no attention cache, which this method needs")
         return names[0]
 
-    def _positions(self, positions: Tensor) -> dict[str, Tensor]:
+    def positions(self, positions: Tensor) -> dict[str, Tensor]:
+        """Positions as the trunk takes them; nothing where it takes none."""
         return {"position_ids": positions} if "position_ids" in self._accepted else {}
 
     def _types(self, types: Tensor | None) -> dict[str, Tensor]:

@@ -13,10 +13,10 @@ from peftctl import methods
 PACKAGE = Path(methods.__file__).parent.parent
 # lower layers first; a module may import from its own layer and from those below it
 LAYERS = [
-    ["errors", "imports", "row", "task", "skeleton", "qkv"],
+    ["errors", "imports", "row", "task", "skeleton", "qkv", "functions"],
     ["batch", "surgery"],
     ["kernels"],
-    ["methods", "objectives"],
+    ["methods", "rewards", "objectives"],
     ["located", "composed", "blame", "schema", "recipe", "storage", "lock"],
     ["base", "data", "fuse", "head", "scores", "seq2seq", "policy", "layout", "formats"],
     [
@@ -36,6 +36,7 @@ LAYERS = [
         "signals",
         "waiting",
     ],
+    ["sampling"],
     ["guards"],
     ["states", "frozen"],
     ["trainer"],
@@ -55,6 +56,7 @@ LAYERS = [
         "profile",
         "reference",
         "reuse",
+        "rollouts",
         "run",
     ],
     ["commands", "cli"],
