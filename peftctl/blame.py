@@ -68,12 +68,17 @@ def _problem(cls: type[BaseModel], node: Node, key: str, path: tuple[Any, ...], 
     detail = next((one for one in details if one["type"] in ("value_error", "assertion_error")), details[0])
     kind = detail["type"]
     if kind == "extra_forbidden":
-        fields = _fields(cls, detail["loc"])
+        entry = _entry_of(cls, path[:-1])
+        fields = _fields(cls, detail["loc"]) if entry is cls else list(entry.model_fields)
         near = suggest(str(path[-1]), fields) or f"; there are {', '.join(fields)}"
         return (found.key or found.place).problem(f"{name} is not a key{near}")
     if kind == "missing":
-        description = cls.model_fields[str(path[-1])].description
-        return (node.key or node.place).problem(f"{name} is missing" + (f": {description}" if description else ""))
+        inside = len(path) > 1  # of an entry in a list, where `_path` ends
+        missing = str(details[0]["loc"][-1])
+        name = f"{name}.{missing}" if inside else name
+        description = (_entry_of(cls, path) if inside else cls).model_fields[missing].description
+        place = found.place if inside else node.key or node.place
+        return place.problem(f"{name} is missing" + (f": {description}" if description else ""))
     if kind in ("value_error", "assertion_error"):
         return (found.key or found.place).problem(f"{name}: {_plainly(detail['msg'])}")
     wanted = " or ".join(dict.fromkeys(map(_wanted, details)))
@@ -92,6 +97,15 @@ def _fields(cls: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         if hasattr(annotation, "model_fields") and any(re.search(rf"\b{name}\b", str(step)) for step in location):
             return list(annotation.model_fields)
     return list(cls.model_fields)
+
+
+def _entry_of(cls: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
+    """What a block's value at a path is validated as; the block itself where that is no model of its own."""
+    for step in path:
+        if isinstance(step, str) and step in cls.model_fields:
+            inner = get_args(cls.model_fields[step].annotation)
+            cls = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), cls)
+    return cls
 
 
 def _wanted(detail: dict[str, Any]) -> str:

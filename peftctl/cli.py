@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftctl import __version__, signals
+from peftctl import __version__, functions, signals
 from peftctl.errors import PeftctlError
 
 app = typer.Typer(
@@ -62,6 +62,9 @@ def train(
     profile: Annotated[bool, typer.Option("--profile", help="tell where the time went; write RUN/trace.json")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="skip the proof after training")] = False,
     nproc: Annotated[int, typer.Option(min=1, metavar="N", help="processes on this machine that share each step")] = 1,
+    trust_recipe_code: Annotated[
+        bool, typer.Option(functions.FLAG, help="run the Python functions that the recipe names")
+    ] = False,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
@@ -75,7 +78,7 @@ def train(
 
     own = {key: value for key, value in (("output", output), ("train.device", device)) if value is not None}
     options = {"resume": resume, "resume_from": resume_from, "verify": not no_verify, "quiet": quiet}
-    options |= {"profile": profile, "trust_remote_code": trust_remote_code}
+    options |= {"profile": profile, "trust_remote_code": trust_remote_code, "trust_recipe_code": trust_recipe_code}
     result = commands.train(path, set_, own, smoke, dry_run, options)
     _print(result, json_, commands.described)
 

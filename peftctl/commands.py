@@ -41,17 +41,19 @@ def train(
 
 def validate(path: Path, overrides: Sequence[str], smoke: bool, show: int, quiet: bool = False) -> dict[str, Any]:
     """Check recipe and data; `show` rows are printed on stderr as the loss will see them."""
-    from peftctl import objectives
+    from peftctl import functions, objectives
     from peftctl.data.dataset import prepare
     from peftctl.data.shown import show as print_rows
     from peftctl.plan import base_and_chat, fit
     from peftctl.waiting import tokenising
 
     wanted = recipes.load(path, overrides, smoke)
+    objective = objectives.get(wanted.objective.name)
+    functions.checked(objective.code(wanted.objective))
     base, chat = base_and_chat(wanted, with_weights=False)
     vocabulary = base.vocabulary
     with tokenising(quiet) as shown:
-        data = prepare(wanted, chat, objectives.get(wanted.objective.name), vocabulary, shown)
+        data = prepare(wanted, chat, objective, vocabulary, shown)
     positions = fit(data, base, wanted)
     print_rows(data.train.examples[:show], data.train.places[:show], chat, sys.stderr)
     return {**data.document(), "positions": positions, "pad_is_eos": chat.pad_is_eos}

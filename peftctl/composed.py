@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peftctl import functions
 from peftctl.errors import Problem, RecipeError
 from peftctl.located import DEEPEST, Node, Place, parse, read
 
@@ -96,7 +97,16 @@ def _inputs(root: Node, folder: Path) -> Node:
         if inside is None or not isinstance(inside.value, dict) or key not in inside.value:
             continue
         inside.value[key] = _absolute(node, key, folder)
+    for entry in _list(root.at(("objective", "rewards"))):
+        name = entry.at(("name",))
+        if isinstance(name.value, str) and functions.is_one(name.value):
+            path, _, function = name.value.rpartition(":")
+            entry.value["name"] = Node(f"{found(folder, path).resolve()}:{function}", name.place, name.key)
     return root
+
+
+def _list(node: Node) -> list[Node]:
+    return [entry for entry in node.value if isinstance(entry.value, dict)] if isinstance(node.value, list) else []
 
 
 def _absolute(node: Node, key: str, folder: Path) -> Node:

@@ -51,11 +51,12 @@ class Standstill:
         self.same = 0
         self.changed = False  # whether the loss ever did
 
-    def check(self, step: int, loss: float, lr: float) -> None:
+    def check(self, step: int, loss: float, lr: float, norm: float = 0.0) -> None:
+        """`norm`: of the gradient."""
         if not lr:
             return
         self._parameters(step, lr)
-        self._loss(step, loss, lr)
+        self._loss(step, loss, lr, norm)
 
     def _parameters(self, step: int, lr: float) -> None:
         if self.steps % PATIENCE == 0:
@@ -68,13 +69,13 @@ class Standstill:
             self.marks = marks
         self.steps += 1
 
-    def _loss(self, step: int, loss: float, lr: float) -> None:
+    def _loss(self, step: int, loss: float, lr: float, norm: float) -> None:
         equal = loss == self.loss
         self.changed |= self.loss is not None and not equal
         self.same = self.same + 1 if equal else 0
         self.loss = loss
-        # a loss that came down to 0 has learnt all there is
-        if self.same >= PATIENCE and not (loss == 0 and self.changed):
+        # a loss that came down to 0 has learnt all there is; one that has a slope there is a sum that cancels
+        if self.same >= PATIENCE and not (loss == 0 and (self.changed or norm)):
             raise TrainingError(
                 f"step {step}: the loss was exactly {loss:.6g} for {PATIENCE} steps (lr {lr:.3g}): no label depends on "
                 "what is trained, or train.learning_rate is too small to show; see method, data and "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftctl import base as bases
-from peftctl import methods, objectives
+from peftctl import functions, methods, objectives
 from peftctl import model as models
 from peftctl.counting import Counts, count
 from peftctl.data.added import extended
@@ -38,6 +38,7 @@ class Options(NamedTuple):
     trust_remote_code: bool = False
     quiet: bool = False
     profile: bool = False
+    trust_recipe_code: bool = False
     now: datetime | None = None  # what a chat template is told; of a resumed run, what it was told before
 
 
@@ -51,6 +52,7 @@ class Plan(NamedTuple):
     counts: Counts
     start: Adapter | None  # the adapter that training continues from
     reference: Adapter | None  # the adapter that the policy is compared with, where the recipe names one
+    code: dict[str, str]  # functions of the user's own that the objective runs, and the sha256 of each one's file
     examples: int | None  # examples after which the run ends; None where steps alone end it
     steps: int
     warmup_steps: int
@@ -58,7 +60,7 @@ class Plan(NamedTuple):
 
 def plan(recipe: Recipe, options: Options) -> Plan:
     """Check recipe, base, data and targets against each other. Raises InputError."""
-    trust = options.trust_remote_code
+    trust, code = options.trust_remote_code, _code(recipe, options)
     base, chat = base_and_chat(recipe, trust_remote_code=trust, now=options.now)
     recipe, base = asked(recipe, base)
     recipe = recipe.model_copy(update={"method": recipe.method.tokenized(chat.encode)})
@@ -78,7 +80,17 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     warmup = recipe.train.warmup
     warmup_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
     output = Path(recipe.output)
-    return Plan(recipe, output, base, skeleton, chat, data, counts, start, reference, examples, steps, warmup_steps)
+    return Plan(
+        *(recipe, output, base, skeleton, chat, data, counts, start, reference, code, examples, steps, warmup_steps)
+    )
+
+
+def _code(recipe: Recipe, options: Options) -> dict[str, str]:
+    """The user's own functions that the recipe names, loaded once to see that they can be."""
+    found = functions.checked(objectives.get(recipe.objective.name).code(recipe.objective), options.trust_recipe_code)
+    for name in found:
+        functions.load(name)
+    return found
 
 
 def asked(recipe: Recipe, base: bases.Base) -> tuple[Recipe, bases.Base]:
@@ -241,4 +253,5 @@ def _extent(recipe: Recipe, rows: int) -> tuple[int | None, int]:
     if settings.max_steps is not None:
         return None, settings.max_steps
     examples = max(1, round((settings.epochs or 1.0) * rows))
-    return examples, math.ceil(examples / (settings.batch_size * settings.gradient_accumulation))
+    repeats = objectives.get(recipe.objective.name).repeats(recipe.objective)
+    return examples, math.ceil(examples / (settings.batch_size * settings.gradient_accumulation)) * repeats

@@ -48,6 +48,8 @@ def _difference(policy: Policy, planned: Plan, written: Path) -> float:
     from peftctl.formats import peft
 
     rows = planned.data.train.rows(range(min(EXAMPLES, len(planned.data.train))))
+    # prompts have no labels; what the deltas do to them is as good a proof
+    rows = [row if any(row.weights) else row._replace(weights=(1.0,) * len(row.ids)) for row in rows]
     batch = build(rows).to(device_of(policy.model))
     policy.eval()
     # both sides by the plain hooks, so that a difference is the file's

@@ -21,7 +21,7 @@ from peftctl.errors import SaveError
 Event = Mapping[str, Any]
 Sink = Callable[[Event], None]
 
-_QUALITY = ("token_accuracy", "accuracy", "margin", "f1_macro", "matthews", "pearson")
+_QUALITY = ("reward", "token_accuracy", "accuracy", "margin", "f1_macro", "matthews", "pearson")
 _SHOWN = ("loss", "validation_loss", *_QUALITY, *(f"validation_{name}" for name in _QUALITY), "lr", "tokens_per_s")
 
 

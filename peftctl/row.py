@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Row(NamedTuple):
@@ -22,6 +26,7 @@ class Row(NamedTuple):
     targets: tuple[float, ...] = ()
     types: tuple[int, ...] = ()  # which of a pair's texts each token belongs to, where an encoder is told
     source: int = 0  # of an encoder-decoder: its first tokens, as many, are the encoder's, the others its decoder's
+    extra: Mapping[str, Any] = NOTHING  # what else its objective must know of it, as plain JSON
 
     @property
     def reach(self) -> int:
@@ -62,10 +67,11 @@ class Example(NamedTuple):
     `messages`: messages. `completion`: prompt_text + completion; or messages, of which those of the prompt have the
     weight 0. `text`: completion alone. `preference`: messages as the prompt, and the two answers, each one or more
     messages (or, with prompt_text, plain texts). `unpaired`: as messages that end with an answer, or as completion,
-    and whether the answer is a desirable one.
+    and whether the answer is a desirable one. `prompt`: messages or prompt_text, and perhaps as completion the answer
+    that would be right.
     """
 
-    kind: str  # "messages", "completion", "text", "preference", "unpaired"
+    kind: str  # "messages", "completion", "text", "preference", "unpaired", "prompt"
     place: str  # file:line, for errors
     messages: tuple[Message, ...] = ()
     prompt_text: str = ""
@@ -85,4 +91,5 @@ FORMATS = {
     "text": "text",
     "preference": "preference",
     "unpaired": "unpaired",
+    "prompt": "prompt",
 }

@@ -19,17 +19,18 @@ from peftctl.checkpoint import Progress, State
 from peftctl.data.batches import Batches
 from peftctl.distributed import World, joined, local_rank
 from peftctl.errors import Stopped, Unfoldable
+from peftctl.feeding import batches_of
 from peftctl.formats import peft
 from peftctl.loading import Training, load
 from peftctl.merging import merge
 from peftctl.penalty import penalised
 from peftctl.plan import Options, Plan, plan, without_tokens
-from peftctl.policy import Policy
 from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
 from peftctl.remembered import Remembered
 from peftctl.report import Log, Sink, display, read, tee, truncate
 from peftctl.reuse import Reuse
+from peftctl.rollouts import Rollouts
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
 from peftctl.schema import Recipe
 from peftctl.trainer import Job, Question
@@ -62,7 +63,7 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         random_base = planned.base.weights is None
         planned = _with_weights(planned, folder)
         training = load(planned, folder, state, options)
-        batches = _batches(planned, training.policy, world)
+        batches = batches_of(planned, training.policy, world, {} if state is None else state.facts)
         kept = _kept(planned, training, batches, folder, shown.notice)
         folder.record(planned, training.policy.layout, _choices(training, kept), random_base)
         filled = [one for one in kept if one.fill(stop, shown.notice)]
@@ -74,7 +75,7 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         with Log(log) as lines, ExitStack() as serving:
             for one in filled:
                 serving.enter_context(one.served())
-            save = partial(_save, folder, training, lines, recipe.train.keep)
+            save = partial(_save, folder, training, batches, lines, recipe.train.keep)
             job = _job(planned, training, batches, stop, world, tee(lines, shown), save)
             progress, shares = _followed(folder, job, training.progress, options.profile, shown.notice)
         written = _write(planned, folder, training)
@@ -99,7 +100,7 @@ def _follow(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     state = checkpoint.load(Path(told["checkpoint"])) if told["checkpoint"] else None
     with signals.caught() as stop, ExitStack() as serving:
         training = load(planned, folder, state, options)
-        batches = _batches(planned, training.policy, world)
+        batches = batches_of(planned, training.policy, world, {} if state is None else state.facts)
         for one in _kept(planned, training, batches, folder, _ignore):
             if one.fill(stop, _ignore):
                 serving.enter_context(one.served())
@@ -208,28 +209,12 @@ def _result(
     }
 
 
-def _batches(planned: Plan, policy: Policy, world: World) -> Batches:
-    settings, data = planned.recipe.train, planned.recipe.data
-    return Batches(
-        planned.data.train,
-        batch_size=settings.batch_size,
-        gradient_accumulation=settings.gradient_accumulation,
-        tokens=settings.tokens_per_batch,
-        bucket=data.bucket,
-        seed=settings.seed,
-        share=data.share_starts,
-        padded=policy.layout.name == "padded",
-        trim=policy.layout.name == "shared",  # what can share starts is causal
-        total=planned.examples,
-        validation=planned.data.validation,
-        ranks=world.size,
-    )
-
-
 def _kept(
-    planned: Plan, training: Training, batches: Batches, folder: RunFolder, notice: Callable[[str], None]
+    planned: Plan, training: Training, batches: Batches | Rollouts, folder: RunFolder, notice: Callable[[str], None]
 ) -> list[Reuse | Remembered]:
     """What is computed once and kept: the reference's log-probabilities, what the frozen blocks answer."""
+    if isinstance(batches, Rollouts):
+        return []  # no row comes twice
     settings, found = planned.recipe.train, list[Reuse | Remembered | None]()
     steps, base, fused = planned.steps, planned.base, settings.fuse
     if settings.cache_reference and training.reference is not None:
@@ -245,7 +230,7 @@ def _kept(
 def _job(
     planned: Plan,
     training: Training,
-    batches: Batches,
+    batches: Batches | Rollouts,
     stop: Callable[[], int | None],
     world: World,
     emit: Sink,
@@ -274,10 +259,20 @@ def _job(
     )
 
 
-def _save(folder: RunFolder, training: Training, log: Log, keep: int, progress: Progress) -> None:
+def _save(
+    folder: RunFolder, training: Training, batches: Batches | Rollouts, log: Log, keep: int, progress: Progress
+) -> None:
     tensors, facts = optim.state(training.optimizer, training.attachment.trainable())
     reference = training.reference.initial if training.reference is not None else None
-    state = State(progress, training.attachment.tensors(), tensors, facts, checkpoint.random_state(), reference)
+    state = State(
+        progress=progress,
+        adapter=training.attachment.tensors(),
+        optimizer=tensors,
+        optimizer_facts=facts,
+        rng=checkpoint.random_state(),
+        reference=reference,
+        facts=batches.state() if isinstance(batches, Rollouts) else {},
+    )
     log.sync()  # a checkpoint whose steps the log lacks could not be gone on from
     checkpoint.save(folder.path, state)
     checkpoint.rotate(folder.path, keep)

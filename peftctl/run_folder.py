@@ -62,7 +62,8 @@ class RunFolder:
         if self.document.get("status") != "finished":
             return False
         before, now = ({**recipe, "output": ""} for recipe in (self.document["recipe"], _plain(planned.recipe)))
-        return before == now and self.document["data"] == _data(planned)
+        same_code = self.document.get("code", {}) == planned.code
+        return before == now and self.document["data"] == _data(planned) and same_code
 
     def result(self) -> dict[str, Any]:
         found: dict[str, Any] = self.document["result"]
@@ -142,6 +143,7 @@ class RunFolder:
             "random_base": random_base,
             "trust_remote_code": self.trusted,
             "data": _data(planned),
+            "code": planned.code,
             "counts": planned.counts.document(by_module=False),
             "choices": {"layout": layout._asdict(), **choices, "now": _now(planned)},
             "recipe": _plain(planned.recipe),
@@ -189,6 +191,7 @@ def changes(before: dict[str, Any], planned: Plan) -> list[str]:
         for key in ("batch_size", "gradient_accumulation"):
             found += _differences(f"train.{key}", recipe["train"].get(key), after["train"][key])
     found += _differences("the data's content", before["data"], _data(planned))
+    found += _differences("the content of", before.get("code", {}), planned.code)
     if not before["random_base"]:
         base = before["base"]
         found += _differences("model.revision", base["revision"], planned.base.revision)

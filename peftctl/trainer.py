@@ -117,7 +117,7 @@ def train(job: Job, progress: Progress) -> Progress:
         event = {"event": "step", "step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
         event |= {"tokens_per_s": tokens / (now - begun), "seconds": now - begun}
         job.emit(event | metrics | event)  # a metric of one of these names does not replace it
-        still.check(step, loss, lr)
+        still.check(step, loss, lr, norm)
         _between(job, progress)
     return progress
 

@@ -19,6 +19,10 @@ from peftctl.schema import Recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DATA = {"messages": "messages.jsonl", "preference": "preference.jsonl", "unpaired": "unpaired.jsonl"}
+# what an objective needs to be told
+ASKED: dict[str, dict[str, Any]] = {
+    "grpo": {"rewards": [{"name": "length", "characters": 30}], "group_size": 3, "max_new_tokens": 6}
+}
 # what a method needs on a base without biases
 BLOCKS: dict[str, dict[str, Any]] = {
     "bitfit": {"add_missing": True},
@@ -39,7 +43,7 @@ def document(method: str = "lora", objective: str = "sft", /, **blocks: dict[str
     plain: dict[str, Any] = {
         "model": {"name": str(CONFIGS / "models" / "tiny-llama.json"), "tokenizer": str(CONFIGS / "tokenizer")},
         "method": {"name": method, **BLOCKS.get(method, {})},
-        "objective": {"name": objective},
+        "objective": {"name": objective, **ASKED.get(objective, {})},
         "data": {"train": str(data(objective)), "validation": 2 / 9, "limit": 9},
         "train": {"max_steps": 4, "batch_size": 2, "gradient_accumulation": 2, "learning_rate": 0.01, "eval_every": 2},
     }

@@ -57,6 +57,7 @@ LAYERS = [
         "reference",
         "reuse",
         "rollouts",
+        "feeding",
         "run",
     ],
     ["commands", "cli"],

@@ -58,13 +58,20 @@ class Batches:
     def step(self, position: int) -> tuple[list[Batch], int]:
         """The micro-batches of the step at `position`, and the position after it. The last step may be smaller, and
         after it there is none: an empty list."""
-        count = self.per_step if self.total is None else max(0, min(self.per_step, self.total - position))
-        chosen = examples(position, count, len(self.train), self.seed, self.buckets, self.train.mix)
-        parts = [[chosen[place] for place in part] for part in self._parts([self.sizes[i] for i in chosen])]
-        share = _share(self.share)
-        return [build(self.train.rows(part), share=share, trim=self.trim) for part in parts], position + count
+        chosen = self.examples(position)
+        parts = [[chosen[place] for place in part] for part in self.parts([self.sizes[i] for i in chosen])]
+        return [self.built(self.train.rows(part)) for part in parts], position + len(chosen)
 
-    def _parts(self, sizes: list[int]) -> packing.Parts:
+    def examples(self, position: int) -> list[int]:
+        """The examples of the step at `position`."""
+        count = self.per_step if self.total is None else max(0, min(self.per_step, self.total - position))
+        return examples(position, count, len(self.train), self.seed, self.buckets, self.train.mix)
+
+    def built(self, rows: Sequence[Row]) -> Batch:
+        return build(rows, share=_share(self.share), trim=self.trim)
+
+    def parts(self, sizes: Sequence[int]) -> packing.Parts:
+        """How examples of these sizes are cut into micro-batches."""
         most = max(1, min(self.batch_size, -(-len(sizes) // self.ranks)))
         if self.tokens is None:
             return packing.even(sizes, most, self.padded)

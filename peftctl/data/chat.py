@@ -100,9 +100,9 @@ class Chat:
         ids = self._ids(text)
         return ids if ids[: len(self.opening)] == self.opening else (*self.opening, *ids)
 
-    def render_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def render_prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> tuple[int, ...]:
         """Ids of a dialogue up to where the assistant's next answer begins. Raises DataError."""
-        return self._ids(self._templated().render(messages, prompt=True).text)
+        return self._ids(self._templated().render(messages, prompt=True, tools=tools).text)
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of some ids; with `special`, special tokens are written out."""

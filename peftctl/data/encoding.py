@@ -15,7 +15,7 @@ from peftctl.data.packed import Packed, tables_of
 from peftctl.data.sides import Sides, chat_of
 from peftctl.data.sources import Cells, Json
 from peftctl.data.templates import Chosen
-from peftctl.data.truncation import fitted
+from peftctl.data.truncation import fitted, with_room
 from peftctl.errors import DataError, NoLabel
 from peftctl.objectives.base import Encoder, Objective
 from peftctl.row import Example, Row
@@ -132,7 +132,7 @@ def chunk_of(data: bytes) -> Chunk:
 
 def encode(job: Job, given: Sequence[Given]) -> Chunk:
     """The rows that can be used, encoded by the objective, and what is wrong with the others."""
-    packed, contents = Packed(), list[bytes]()
+    packed, contents, room = Packed(), list[bytes](), job.objective.room(job.config)
     faults: list[tuple[int, str]] = []
     opening = job.chat.opening
     counts: Counter[str] = Counter(dict.fromkeys(("read", "refused", "unlabelled", "truncated", "reach"), 0))
@@ -145,12 +145,12 @@ def encode(job: Job, given: Sequence[Given]) -> Chunk:
             counts["unlabelled"] += isinstance(error, NoLabel)
             faults.append((place, str(error)))
             continue
-        counts["truncated"] += size > job.max_length
+        counts["truncated"] += size + room > job.max_length
         counts["bos_missing"] += sum(own.ids[: len(opening)] != opening for own in pieces[0])
         for rows in pieces:
             contents.append(packed.add(rows, place))
             counts.update(_counts(rows, job.chat))
-            counts["reach"] = max(counts["reach"], *(own.reach for own in rows))
+            counts["reach"] = max(counts["reach"], *(own.reach + room for own in rows))
     columns = dict.fromkeys(name for _, row in given if isinstance(row, dict) for name in row)
     return Chunk(packed, b"".join(contents), faults[:SHOWN], dict(counts), list(columns))
 
@@ -160,20 +160,24 @@ def _pieces(job: Job, row: Json | str) -> tuple[list[tuple[Row, ...]], int]:
     if isinstance(row, str):
         raise DataError(row)
     rows = encoded(job.columns.example(row), job.chat, job.objective, job.config, job.vocabulary)
+    room, size = job.objective.room(job.config), max(len(own.ids) for own in rows)
+    if room:
+        return [with_room(rows, room, job.max_length, job.truncate, job.chat.opening)], size
     pieces = fitted(rows, job.max_length, job.truncate, job.chat.opening)
     if isinstance(job.chat, Sides):
         pieces = [tuple(map(job.chat.sided, own)) for own in pieces]
-    return pieces, max(len(own.ids) for own in rows)
+    return pieces, size
 
 
 def encoded(
     example: Example, chat: Tokenizer, objective: Objective[Any], config: Any, vocabulary: int | None
 ) -> tuple[Row, ...]:
     """The rows of an example, whole. Raises DataError with the reason alone."""
-    rows = objective.encode(example, chat, config)
+    rows, asked = objective.encode(example, chat, config), objective.room(config) > 0
     for row in rows:
         which = f"the {row.role} answer's row" if row.role else "the row"
-        if not any(row.weights if row.targets else row.weights[1:]):  # nothing before the first token predicts it
+        # nothing predicts the first token; and a prompt, which is to be answered, has no label yet
+        if not asked and not any(row.weights if row.targets else row.weights[1:]):
             raise NoLabel(f"no token of {which} would be learnt")
         if vocabulary is not None and max(row.ids) >= vocabulary:
             worst = max(row.ids)

@@ -32,6 +32,27 @@ def fitted(rows: tuple[Row, ...], limit: int, how: str, opening: Sequence[int] =
     raise DataError(f"{which} has {size} tokens, more than data.max_length {limit}; data.truncate may cut it")
 
 
+def with_room(rows: tuple[Row, ...], room: int, limit: int, how: str, opening: Sequence[int] = ()) -> tuple[Row, ...]:
+    """Prompts with room for an answer of so many tokens; `left` cuts what stands after the `opening`.
+
+    Raises DataError where there is no room: the end of a prompt is what is answered, so it is never cut.
+    """
+    size = max(len(row.ids) for row in rows)
+    if size + room <= limit:
+        return rows
+    if how != "left" or len(opening) + room >= limit:
+        raise DataError(
+            f"the prompt has {size} tokens, and data.max_length {limit} leaves no room for an answer of {room}; raise "
+            "it, or let data.truncate: left cut the prompt's start"
+        )
+    return tuple(_cut(row, len(row.ids) + room - limit, opening) for row in rows)
+
+
+def _cut(row: Row, over: int, opening: Sequence[int]) -> Row:
+    kept = len(opening) if row.ids[: len(opening)] == tuple(opening) else 0
+    return row if over <= 0 else _joined(row.part(0, kept), row.part(kept + over, len(row.ids)))
+
+
 def _piece(row: Row, start: int, limit: int) -> Row:
     piece = row.part(start, start + limit)
     return piece._replace(weights=(0.0, *piece.weights[1:]))

@@ -73,6 +73,18 @@ class Scored(Answers, Protocol):
         """(labels, outputs)"""
 
 
+class Answer(NamedTuple):
+    """What a policy answered to a prompt: its tokens, as text, and whether it ended by itself."""
+
+    ids: tuple[int, ...]
+    text: str
+    ended: bool
+
+
+# of prompts, the number of answers to each and the most tokens of one -> for each prompt its answers
+Generate = Callable[[Sequence[Row], int, int], "list[list[Answer]]"]
+
+
 class Encoder(Protocol):
     """What an objective may ask of the tokenizer and its chat template. Raises DataError with the example's place."""
 
@@ -84,6 +96,15 @@ class Encoder(Protocol):
         `trained`: `assistant` (all its turns), `last` (its last), `all` (the whole text), or the roles whose turns are
         learnt; a message's own weight goes before that. `tools`: what the template is shown as such.
         """
+
+    def render_prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> tuple[int, ...]:
+        """Ids of a dialogue up to where the assistant's next answer begins."""
+
+    def prompt(self, text: str) -> tuple[int, ...]:
+        """Ids of a plain prompt."""
+
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """The text of some ids; with `special`, special tokens are written out."""
 
     def completion(self, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Ids and label weights of plain prompt and answer, the end-of-text token after the answer included."""
@@ -100,6 +121,11 @@ class Objective(Generic[C]):
     them up over the step, so that 4 micro-batches of 1 equal 1 of 4. Where the loss of an example depends on the others
     of its step, `shared` answers what it must know of them: it is asked once, about all of the step's batches (or all
     held-out ones), without gradients or dropout, and `loss` gets the answer as a fifth argument.
+
+    Where the policy's own answers are learnt from, the encoded rows are prompts, each with `room` for an answer, and
+    `rollout` turns a step's prompts into rows that `loss` can read. The data source runs it, without gradients or
+    dropout. Where `repeats` is above 1, that many steps learn from the same rows, and `row.extra["old"]` has the
+    log-probability of each label before the first of them.
     """
 
     name: str
@@ -121,4 +147,8 @@ class Objective(Generic[C]):
     measures: Callable[[tuple[str, ...]], Mapping[str, Any] | None] = lambda labels: None
     # what keeps it from an encoder-decoder, whose answers are learnt alone; None where nothing does
     one_sided: Callable[[C], str | None] = lambda config: "which needs causal-lm"
+    rollout: Callable[[Generate, Sequence[Row], C], list[Row]] | None = None
+    room: Callable[[C], int] = lambda config: 0
+    repeats: Callable[[C], int] = lambda config: 1
+    code: Callable[[C], tuple[str, ...]] = lambda config: ()  # functions FILE.py:FUNCTION that it wants to run
     likelihood: bool = False  # whether the loss is a mean negative log-likelihood, so that exp(loss) is a perplexity

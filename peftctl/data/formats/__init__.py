@@ -8,14 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from peftctl.data.formats import dialogues, judged, pairs, texts
+from peftctl.data.formats import dialogues, judged, pairs, prompts, texts
 from peftctl.data.formats.format import Format
 from peftctl.data.formats.values import listed
 from peftctl.data.sources import Cells, Fault, Json, Source, spelled
 from peftctl.errors import DataError, suggest
 from peftctl.row import Example
 
-FAMILIES = (dialogues.FORMATS, texts.FORMATS, pairs.FORMATS, judged.FORMATS)
+FAMILIES = (dialogues.FORMATS, texts.FORMATS, pairs.FORMATS, judged.FORMATS, prompts.FORMATS)
 FORMATS: dict[str, Format] = {f.name: f for family in FAMILIES for f in family}
 COLUMNS = tuple(dict.fromkeys(chain.from_iterable(f.read for f in FORMATS.values())))
 DESCRIBED = {
@@ -128,6 +128,8 @@ def _check_names(file: str, names: Mapping[str, str], found: Sequence[str]) -> N
 def _fitting(file: str, ours: Sequence[str], found: Sequence[str], wanted: Collection[str]) -> Format:
     fitting = [f for f in FORMATS.values() if not f.missing(ours)]
     formats = [f for f in fitting if f.kind in wanted] or fitting
+    if len(formats) > 1:  # a prompt that has more beside it is meant with it
+        formats = [f for f in formats if f not in prompts.FORMATS]
     if len(formats) == 1:
         return formats[0]
     if formats:
