@@ -59,7 +59,7 @@ def load(planned: Plan, folder: RunFolder, state: State | None, options: Options
         policy.fuse(pack=_packed(settings, model) if packed is None else packed)
     if not objective.likelihood:  # what is learnt is a small difference of log-probabilities
         policy.exact_logits()
-    reference = reference_of(planned, policy, start, state)
+    reference = reference_of(planned, policy, start, state, trust_remote_code=trust)
     optimizer = optim.build(
         attachment.trainable(),
         attachment.groups(),

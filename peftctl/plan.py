@@ -51,7 +51,7 @@ class Plan(NamedTuple):
     data: Prepared
     counts: Counts
     start: Adapter | None  # the adapter that training continues from
-    reference: Adapter | None  # the adapter that the policy is compared with, where the recipe names one
+    reference: Adapter | bases.Base | None  # what the policy is compared with, where the recipe names a folder
     code: dict[str, str]  # functions of the user's own that the objective runs, and the sha256 of each one's file
     examples: int | None  # examples after which the run ends; None where steps alone end it
     steps: int
@@ -75,7 +75,7 @@ def plan(recipe: Recipe, options: Options) -> Plan:
     fit(data, base, recipe)
     adapters = _Adapters(recipe, base, skeleton, trust)
     start = adapters.named("method.init_from", recipe.method.init_from)
-    reference = adapters.named("objective.reference", _reference(recipe))
+    reference = _reference(adapters, chat)
     examples, steps = _extent(recipe, len(data.train))
     warmup = recipe.train.warmup
     warmup_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
@@ -241,10 +241,33 @@ class _Adapters(NamedTuple):
         return adapter
 
 
-def _reference(recipe: Recipe) -> str | None:
-    """The adapter of `objective.reference`, which takes the trained one's place."""
+def _reference(adapters: _Adapters, chat: Chat) -> Adapter | bases.Base | None:
+    """What `objective.reference` names: another model, or an adapter, which takes the trained one's place."""
+    recipe, trust = adapters.recipe, adapters.trust_remote_code
     named = objectives.get(recipe.objective.name).reference(recipe.objective)
-    return None if named in ("initial", "base") else named
+    if named in (None, "initial", "base"):
+        return None
+    if any((Path(named) / name).exists() for name in ("run.json", "adapter_config.json")):
+        return adapters.named("objective.reference", named)
+    return _other_model(named, chat, trust_remote_code=trust)
+
+
+def _other_model(named: str, chat: Chat, *, trust_remote_code: bool) -> bases.Base:
+    """A whole model to compare with, which must read the same tokens. Raises InputError."""
+    if not (Path(named) / "config.json").is_file():
+        raise InputError(f"objective.reference: {named} is neither a run nor an adapter nor a model")
+    try:
+        base = bases.resolve(named, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise ModelError(f"objective.reference: {error}") from None
+    known = models.skeleton(base, trust_remote_code=trust_remote_code).dimensions.vocabulary
+    own = None if base.tokenizer is None else Chat(base.tokenizer).tokenizer.get_vocab()
+    if known < chat.vocabulary or own not in (None, chat.tokenizer.get_vocab()):
+        raise InputError(
+            f"objective.reference: {named} has other tokens than {chat.folder}, so the probabilities of answers "
+            "cannot be compared; name a model with the same tokenizer"
+        )
+    return base
 
 
 def _extent(recipe: Recipe, rows: int) -> tuple[int | None, int]:

@@ -144,6 +144,7 @@ class RunFolder:
             "trust_remote_code": self.trusted,
             "data": _data(planned),
             "code": planned.code,
+            "reference": _other_model(planned),
             "counts": planned.counts.document(by_module=False),
             "choices": {"layout": layout._asdict(), **choices, "now": _now(planned)},
             "recipe": _plain(planned.recipe),
@@ -191,6 +192,7 @@ def changes(before: dict[str, Any], planned: Plan) -> list[str]:
         for key in ("batch_size", "gradient_accumulation"):
             found += _differences(f"train.{key}", recipe["train"].get(key), after["train"][key])
     found += _differences("the data's content", before["data"], _data(planned))
+    found += _differences("the reference's content", before.get("reference"), _other_model(planned))
     found += _differences("the content of", before.get("code", {}), planned.code)
     if not before["random_base"]:
         base = before["base"]
@@ -241,6 +243,11 @@ def _content(data: Dataset) -> dict[str, Any]:
         sources = {str(number): origin._asdict() for number, origin in enumerate(data.origins, 1)}
         return {"sources": sources, "examples": len(data)}
     return {"file": data.name, "sha256": data.fingerprint, "examples": len(data)}
+
+
+def _other_model(planned: Plan) -> str | None:
+    """The fingerprint of the model that the policy is compared with, where that is a model of its own."""
+    return bases.fingerprint(planned.reference) if isinstance(planned.reference, bases.Base) else None
 
 
 def _now(planned: Plan) -> str | None:

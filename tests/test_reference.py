@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftctl.errors import FormatError, InputError, Stopped
+from peftctl.merging import merge
 from tests import runs
 
 LN2 = float(torch.tensor(math.log(2), dtype=torch.float32))
@@ -70,11 +73,48 @@ def test_what_cannot_take_the_adapters_place_is_refused(tmp_path: Path) -> None:
         method={"alpha": 3},
     )
     refused(FormatError, "objective.reference .*: missing", method={"target_modules": ["v_proj"]})
-    model = {"objective": {"reference": str(first / "base")}}
-    refused(InputError, "objective.reference: .*base is neither a run nor an adapter", **model)
+    none = {"objective": {"reference": str(first / "checkpoints")}}
+    refused(InputError, "objective.reference: .*checkpoints is neither a run nor an adapter nor a model", **none)
     with pytest.raises(InputError, match=r"objective\.reference: .* holds lora, the recipe asks for bitfit"):
         runs.train(tmp_path / "second", after(first, "bitfit"))
     assert not (tmp_path / "second" / "adapter").exists()
+
+
+def test_another_model_is_a_reference_whatever_it_is_built_like(tmp_path: Path) -> None:
+    first, merged = tmp_path / "first", tmp_path / "merged"
+    runs.train(first, runs.document())
+    merge(str(first / "adapter"), merged)
+    for name, reference in (("adapter", first), ("model", merged), ("same", first / "base"), ("base", "base")):
+        runs.train(tmp_path / name, after(first, objective={"reference": str(reference)}))
+    assert losses(tmp_path / "model") == pytest.approx(losses(tmp_path / "adapter"), rel=1e-4)
+    assert losses(tmp_path / "model")[0] != LN2 == losses(tmp_path / "same")[0]
+    assert losses(tmp_path / "same") == losses(tmp_path / "base")
+    other = tmp_path / "other"
+    gpt2 = {"name": str(runs.CONFIGS / "models" / "tiny-gpt2.json")}
+    runs.train(other, runs.document("lora", model=gpt2, method={"target_modules": "all-linear"}))
+    contents = after(first, objective={"reference": str(other / "base")})
+    runs.train(tmp_path / "whole", contents)
+    with runs.stopped_after(2, tmp_path / "cut"), pytest.raises(Stopped):
+        runs.train(tmp_path / "cut", contents)
+    runs.train(tmp_path / "cut", contents, resume=True)
+    assert runs.untimed(tmp_path / "whole") == runs.untimed(tmp_path / "cut")
+    weights = other / "base" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="the reference's content"):
+        runs.train(tmp_path / "cut", contents | {"train": contents["train"] | {"max_steps": 6}}, resume=True)
+
+
+def test_a_model_that_reads_other_tokens_is_refused(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    runs.train(first, runs.document())
+    shutil.copytree(first / "base", tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    own = json.loads(path.read_text())
+    own["model"]["vocab"] = dict(zip(own["model"]["vocab"], reversed(own["model"]["vocab"].values()), strict=True))
+    path.write_text(json.dumps(own))
+    with pytest.raises(InputError, match=r"objective\.reference: .*other has other tokens than .*same tokenizer"):
+        runs.train(tmp_path / "second", after(first, objective={"reference": str(tmp_path / "other")}))
+    assert not (tmp_path / "second").exists()
 
 
 def test_a_reference_is_a_word_or_a_path_from_where_it_is_written(tmp_path: Path) -> None:

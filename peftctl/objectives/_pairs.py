@@ -28,7 +28,7 @@ class ReferenceConfig(PreferenceConfig):
     reference: str = Field(
         "initial",
         min_length=1,
-        description="initial: the policy as it was at step 0; base; or an adapter of the same method, by its folder",
+        description="initial: the policy at step 0; base; or a folder, of an adapter of the same method or a model",
     )
 
 
