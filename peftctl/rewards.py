@@ -67,7 +67,7 @@ class Reward(BaseModel):
             return lambda prompt, completion, answer: float(_is_json(completion))
         if self.name == "length":
             wanted = self.characters or 1
-            return lambda prompt, completion, answer: max(0.0, 1 - abs(len(completion) - wanted) / wanted)
+            return lambda prompt, completion, answer: min(len(completion), wanted) / max(len(completion), wanted)
         if self.name == "regex":
             assert pattern is not None
             return lambda prompt, completion, answer: float(pattern.search(completion) is not None)
