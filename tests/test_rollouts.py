@@ -160,6 +160,16 @@ def test_a_prompt_must_leave_room_for_its_answer(tmp_path: Path) -> None:
         InputError, match=r"messages\.jsonl:1: the prompt has 5\d tokens, and data.max_length 60 leaves"
     ):
         plan(runs.loaded(tmp_path / "run", written), Options())
+    whole = plan(runs.loaded(tmp_path / "run", contents()), Options()).data
+    cut = plan(runs.loaded(tmp_path / "run", contents(data={"max_length": 60, "truncate": "left"})), Options()).data
+    assert cut.report.truncated == sum(
+        len(rows[0].ids) > 54 for rows in (*whole.train.examples, *whole.validation.examples)
+    )  # type: ignore[union-attr]
+    for long, short in zip(whole.train.examples, cut.train.examples, strict=True):
+        assert short[0].ids == long[0].ids[-54:] and len(short[0].weights) == len(
+            short[0].ids
+        )  # its end is what is asked
+    assert cut.report.longest == 60 and cut.report.truncated > 0
     written = contents(objective={"max_new_tokens": 1000}, data={"max_length": 4096})
     with pytest.raises(InputError, match="the base has positions for 1024"):
         plan(runs.loaded(tmp_path / "run", written), Options())
