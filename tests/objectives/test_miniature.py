@@ -1,4 +1,7 @@
-"""The DPO paper in miniature, on the real SmolLM2 and real dialogues: rewards rise, and beta holds the policy back."""
+"""Papers in miniature, on the real SmolLM2 and real dialogues.
+
+DPO: rewards rise, and beta holds the policy back. GRPO: what is rewarded comes to be answered.
+"""
 
 from __future__ import annotations
 
@@ -106,3 +109,15 @@ def test_terse_answers_come_to_be_preferred_and_given(tmp_path: Path) -> None:
         before = spoken()
     after = spoken()
     assert after < before
+
+
+def test_what_is_rewarded_comes_to_be_answered(tmp_path: Path) -> None:
+    """The recipe as it is: one short sentence. Before, at a rate that moves nothing, held-out answers earn a third."""
+    rewards = []
+    for name, settings in (("start", ["train.max_steps=1", "train.learning_rate=1e-9"]), ("end", [])):
+        wanted = recipe.load(RECIPE.with_name("smollm2-grpo.yaml"), [*settings, f"output={tmp_path / name}"])
+        train(wanted, Options(quiet=True))
+        events = read(tmp_path / name / "metrics.jsonl")
+        rewards.append([event["validation_reward"] for event in events if event["event"] == "evaluation"][-1])
+        assert all(event["clip_fraction"] == 0 for event in events if event["event"] == "step")
+    assert rewards[0] < 0.5 and rewards[1] > 2 * rewards[0], rewards
