@@ -77,12 +77,17 @@ def json_schema() -> dict[str, Any]:
         properties[key] = {"oneOf": variants}
     one_or_many = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     properties |= {"output": {"type": "string"}, "extends": one_or_many}
+    blocks = [block for value in properties.values() for block in value.get("oneOf", [value])]
+    shared: dict[str, Any] = {}
+    for block in blocks:  # a reference is read from the document's root
+        shared |= block.pop("$defs", {})
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "peftctl recipe",
         "type": "object",
         "properties": properties,
         "additionalProperties": False,
+        **({"$defs": shared} if shared else {}),
     }
 
 

@@ -1,5 +1,7 @@
 """Recipes: every mistake is told in one go and blamed on where it was written; what is read is written back."""
 
+import json
+import re
 import subprocess
 import sys
 import time
@@ -464,3 +466,10 @@ def environment() -> dict[str, str]:
     import os
 
     return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def test_every_reference_in_the_schema_is_found_from_its_root() -> None:
+    schema = recipe.json_schema()
+    referred = set(re.findall(r'"\$ref": "#/\$defs/(\w+)"', json.dumps(schema)))
+    assert "Reward" in referred and referred <= set(schema["$defs"])
+    assert json.dumps(schema).count('"$defs"') == 1
