@@ -47,6 +47,9 @@ def trained(path: Path, *words: str, count: int = 2) -> list[int]:
         pytest.param("adalora", "dpo", {}, marks=pytest.mark.slow),
         pytest.param("prefix", "kto", {}, marks=pytest.mark.slow),
         pytest.param(
+            "lora", "grpo", {"objective": {"iterations": 2}}, marks=pytest.mark.slow
+        ),  # who also answer for both
+        pytest.param(
             "lora",
             "sft",
             {"data": {"limit": 1, "validation": None}, "train": {"batch_size": 1, "eval_every": None}},

@@ -121,7 +121,7 @@ def test_how_a_step_is_cut_changes_nothing_that_is_learnt(kind: str, weights: di
         batches, _ = source.step(0)
         assert (len(batches) == 1) == ((size, tokens) == (4, None))
         source.policy.zero_grad()
-        loss, metrics = trainer._backward(question, batches, 1, "cpu")
+        loss, metrics = trainer._backward(question, batches, 1, torch.device("cpu"), ALONE)
         found.append((loss, metrics, torch.cat([p.grad.flatten() for p in parameters.values()])))  # type: ignore[union-attr]
     for loss, metrics, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-4) and metrics == pytest.approx(found[0][1], rel=1e-4)
