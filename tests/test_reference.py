@@ -83,7 +83,7 @@ def test_what_cannot_take_the_adapters_place_is_refused(tmp_path: Path) -> None:
 def test_another_model_is_a_reference_whatever_it_is_built_like(tmp_path: Path) -> None:
     first, merged = tmp_path / "first", tmp_path / "merged"
     runs.train(first, runs.document())
-    merge(str(first / "adapter"), merged)
+    merge([str(first / "adapter")], merged)
     for name, reference in (("adapter", first), ("model", merged), ("same", first / "base"), ("base", "base")):
         runs.train(tmp_path / name, after(first, objective={"reference": str(reference)}))
     assert losses(tmp_path / "model") == pytest.approx(losses(tmp_path / "adapter"), rel=1e-4)

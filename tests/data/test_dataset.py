@@ -210,6 +210,29 @@ def test_pairs_of_the_same_tokens_and_prompts_without_room_are_refused(here, cha
     assert total.startswith("train.jsonl: 2 of 3 rows cannot be used")
 
 
+def test_pairs_that_are_none_are_named_by_their_rows(here, chat):
+    asked, good, bad, other = (
+        {"role": role, "content": text}
+        for role, text in (("user", "the cat?"), ("assistant", "sat"), ("assistant", "log"), ("user", "the dog?"))
+    )
+    write(
+        here,
+        pair("the cat?", "sat", "log"),
+        pair("the cat?", "sat", "sat"),
+        pair("the cat?", "sat", " "),
+        {"chosen": [asked, good], "rejected": [other, bad]},
+        {"chosen": [asked, good, other, good], "rejected": [asked, good]},
+        {"chosen": [asked, good, asked, bad], "rejected": [asked, good, other, bad]},
+    )
+    with pytest.raises(DataError) as caught:
+        load("train.jsonl", chat, DPO, PAIRS)
+    told = [line.partition(": ")[::2] for line in str(caught.value).split("\n")]
+    assert [place for place, _ in told] == [*(f"train.jsonl:{n}" for n in range(2, 7)), "train.jsonl"]
+    said = ("chosen equals rejected", "rejected is empty", "no common prompt", "rejected is empty:", "where chosen and")
+    for reason, (_, line) in zip(said, told, strict=False):
+        assert reason in line
+
+
 def judged(prompt: str, answer: str, label: bool) -> dict:
     return {"prompt": [{"role": "user", "content": prompt}], "completion": answer, "label": label}
 
