@@ -169,7 +169,7 @@ def test_a_prompt_must_leave_room_for_its_answer(tmp_path: Path) -> None:
         assert short[0].ids == long[0].ids[-54:] and len(short[0].weights) == len(
             short[0].ids
         )  # its end is what is asked
-    assert cut.report.longest == 60 and cut.report.truncated > 0
+    assert cut.report.reach == 60 and cut.report.truncated > 0
     written = contents(objective={"max_new_tokens": 1000}, data={"max_length": 4096})
     with pytest.raises(InputError, match="the base has positions for 1024"):
         plan(runs.loaded(tmp_path / "run", written), Options())

@@ -151,7 +151,7 @@ class Report(NamedTuple):
     median: int  # tokens of a sequence
     p90: int
     longest: int
-    reach: int  # positions that the longest takes up: of an encoder-decoder's row, those of its longer side; of a prompt, its answer's
+    reach: int  # positions of the longest: of an encoder-decoder, its longer side; of a prompt, its answer too
     histogram: tuple[int, ...]  # sequences by length, in equal steps up to the longest
     truncated: int  # rows that were longer than data.max_length, and were cut or split
     bos_doubled: int  # sequences that begin with BOS twice
