@@ -173,7 +173,8 @@ def test_read_again_it_answers_the_same_and_so_does_peft(name: str, method: str,
         return
     stored = load_file(tmp_path / "adapter" / WEIGHTS)
     whole = [t for t in stored.values() if t.shape == (VOCABULARY + 3, 32)]
-    assert len(whole) == 2  # the embeddings and the head, as peft writes them, tied or not
+    # the embeddings, and the head where that is not the same matrix
+    assert len(whole) == (1 if model.config.tie_word_embeddings else 2)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs.resize_token_embeddings(VOCABULARY + 3)
     wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()

@@ -31,7 +31,7 @@ def apart(skeleton: Skeleton, tensors: Mapping[str, Tensor]) -> tuple[dict[str, 
 
 
 def whole(base: Base, skeleton: Skeleton, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The grown matrices by their full names, at every place that they stand; in the type of the rows.
+    """The grown matrices by their full names, tied ones once, as loading ties them again; in the type of the rows.
 
     Raises FormatError where the base's files do not hold one as it is.
     """
@@ -45,7 +45,7 @@ def whole(base: Base, skeleton: Skeleton, rows: Mapping[str, Tensor]) -> dict[st
         new = skeleton.rows
         assert new is not None
         found[full] = torch.cat([own[: new.first], tensor.detach().cpu(), own[new.first + new.number :]])
-    return found | {alias: found[first] for alias, first in skeleton.tied.items() if first in found}
+    return found
 
 
 def stored(base: Base, skeleton: Skeleton, full: str) -> Tensor:
