@@ -190,6 +190,8 @@ def merged(under: Node, over: Node, path: tuple[str, ...] = ()) -> Node:
     if path in (("method",), ("objective",)) and "name" in under.value and "name" in over.value:
         if under.value["name"].value != over.value["name"].value:
             return over
+    if path[:1] == ("data",) and ("path" in over.value or "hub" in over.value):
+        return over  # another source, not a part of the one below
     both = dict(under.value)
     for key, node in over.value.items():
         both[key] = merged(both[key], node, (*path, key)) if key in both else node

@@ -130,6 +130,8 @@ def _is_here(train: Any) -> bool:
     """Whether all sources are on this machine; what is no source at all is for others to refuse."""
     if isinstance(train, list):
         return all(map(_is_here, train))
+    if isinstance(train, dict) and "hub" in train:
+        return False  # it may be, but a smoke run asks no hub
     path = train.get("path") if isinstance(train, dict) else train
     return not isinstance(path, str) or os.path.exists(path) or bool(glob.glob(path, recursive=True))
 

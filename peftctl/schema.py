@@ -50,9 +50,13 @@ def _template(name: str) -> str:
 
 
 class SourceConfig(Block):
-    """One source of rows. What it leaves out is as `data` has it."""
+    """One source of rows, by `path` or by `hub`. What it leaves out is as `data` has it."""
 
     path: str | None = Field(None, min_length=1, description="a data file, a folder or a pattern of files")
+    hub: str | None = Field(None, min_length=1, description="a data set of a hub: owner/name")
+    split: str | None = Field(None, min_length=1, description="of a data set of a hub: train, if not given")
+    config: str | None = Field(None, min_length=1, description="of a data set of a hub, where it has several")
+    revision: str | None = Field(None, min_length=1, description="commit, tag or branch of a data set of a hub")
     weight: float | None = Field(None, gt=0, description="its share of an epoch, beside the other sources' weights")
     format: Annotated[str, AfterValidator(_format)] | None = Field(None, description="as data.format")
     columns: dict[str, str] | None = Field(None, description="as data.columns")
@@ -60,8 +64,13 @@ class SourceConfig(Block):
 
     @model_validator(mode="after")
     def _named(self) -> SourceConfig:
-        if self.path is None:
-            raise ValueError("path is missing: a data file, a folder or a pattern of files")
+        if self.path is None and self.hub is None:
+            raise ValueError("path is missing: a data file, a folder or a pattern of files; or hub: a data set's name")
+        if self.path is not None and self.hub is not None:
+            raise ValueError("path and hub are both given: a source is one of them")
+        given = [key for key in ("split", "config", "revision") if getattr(self, key) is not None]
+        if given and self.hub is None:
+            raise ValueError(f"{given[0]} is of a data set of a hub, and a path is given")
         return self
 
 

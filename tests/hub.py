@@ -1,4 +1,4 @@
-"""A hub of one model on the loopback interface, which remembers what it was asked for."""
+"""A hub of one model, or of one data set, on the loopback interface, which remembers what it was asked for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -25,10 +26,10 @@ class Hub(NamedTuple):
 
 
 @contextmanager
-def serving(name: str, folder: Path) -> Iterator[Hub]:
-    """Serve the files of a folder as the model of that name, for the length of a `with`."""
+def serving(name: str, folder: Path, kind: str = "models") -> Iterator[Hub]:
+    """Serve the files of a folder as the model, or the data set, of that name, for the length of a `with`."""
     asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(name, folder, asked))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(name, folder, kind, asked))
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -39,21 +40,31 @@ def serving(name: str, folder: Path) -> Iterator[Hub]:
         server.server_close()
 
 
-def _handler(name: str, folder: Path, asked: list[str]) -> type[BaseHTTPRequestHandler]:
+def _handler(name: str, folder: Path, kind: str, asked: list[str]) -> type[BaseHTTPRequestHandler]:
+    api = f"/api/{kind}/{name}"
+    files = f"/{name}/" if kind == "models" else f"/{kind}/{name}/"
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            path = self.path.partition("?")[0]
-            if path.startswith(f"/api/models/{name}/tree/"):
-                self._answer(json.dumps([_entry(file) for file in sorted(folder.iterdir())]).encode())
-            elif path == f"/api/models/{name}" or path.startswith(f"/api/models/{name}/revision/"):
-                files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
-                self._answer(json.dumps({"id": name, "sha": COMMIT, "siblings": files}).encode())
-            elif path.startswith(f"/{name}/resolve/") and (folder / path.rpartition("/")[2]).is_file():
-                self._answer((folder / path.rpartition("/")[2]).read_bytes())
+            path, _, query = self.path.partition("?")
+            if path.startswith(f"{api}/tree/"):
+                under = folder / path.removeprefix(f"{api}/tree/").partition("/")[2]
+                found = under.rglob("*") if "recursive=true" in query.lower() else under.glob("*")
+                self._answer(json.dumps([_entry(file, folder) for file in sorted(found)]).encode())
+            elif path == api or path.startswith(f"{api}/revision/"):
+                siblings = [{"rfilename": _entry(file, folder)["path"]} for file in sorted(folder.rglob("*"))]
+                self._answer(json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
+            elif path.startswith(f"{files}resolve/") and (folder / _resolved(path)).is_file():
+                self._answer((folder / _resolved(path)).read_bytes())
             else:
-                code = "EntryNotFound" if path.startswith(f"/{name}/") else "RepoNotFound"
-                self._answer(b"", status=404, code=code)
+                self._answer(b"", status=404, code="EntryNotFound" if path.startswith(files) else "RepoNotFound")
+
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            body = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
+            found = [folder / path for path in body.get("paths", []) if (folder / path).exists()]
+            self._answer(json.dumps([_entry(file, folder) for file in found]).encode())
 
         do_HEAD = do_GET
 
@@ -65,7 +76,7 @@ def _handler(name: str, folder: Path, asked: list[str]) -> type[BaseHTTPRequestH
             if code is not None:
                 self.send_header("X-Error-Code", code)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(body)
 
         def log_message(self, *arguments: Any) -> None:
@@ -74,6 +85,14 @@ def _handler(name: str, folder: Path, asked: list[str]) -> type[BaseHTTPRequestH
     return Handler
 
 
-def _entry(file: Path) -> dict[str, Any]:
+def _resolved(path: str) -> str:
+    """The file that a path names after /resolve/REVISION/."""
+    return unquote(path.partition("/resolve/")[2].partition("/")[2])
+
+
+def _entry(file: Path, folder: Path) -> dict[str, Any]:
+    path = file.relative_to(folder).as_posix()
+    if file.is_dir():
+        return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()}
     content = file.read_bytes()
-    return {"type": "file", "path": file.name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}

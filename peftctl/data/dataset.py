@@ -19,6 +19,7 @@ from peftctl.data.packed import Packed
 from peftctl.data.parallel import chunks
 from peftctl.data.reading import Reading
 from peftctl.data.sources import Fault, Part, files, fingerprint, place, shown
+from peftctl.data.sources.hub import Hub
 from peftctl.errors import DataError
 from peftctl.objectives.base import Objective
 
@@ -83,7 +84,7 @@ def prepare(
     def every(sources: Sequence[Wanted], limit: int | None) -> tuple[list[Dataset], Report]:
         found = [
             load(
-                one.path,
+                one.place,
                 chat,
                 objective,
                 recipe.objective,
@@ -119,7 +120,7 @@ def prepare(
 
 
 def load(
-    path: str | Path,
+    source: str | Path | Hub,
     chat: Tokenizer,
     objective: Objective[Any],
     config: Any,
@@ -138,10 +139,10 @@ def load(
     Raises DataError for a source of a kind that the objective does not learn from, for one of which no row can be
     used, and, unless `on_bad_row` is `skip`, for any row that cannot be used.
     """
-    parts = files(path)
+    parts: Sequence[Part] = [source] if isinstance(source, Hub) else files(source)
     options = (format, columns, max_length, truncate, on_bad_row, limit, vocabulary)
     key = cache.key(parts, chat.fingerprint, objective, config, options)
-    name = shown(Path(path))
+    name = source.shown if isinstance(source, Hub) else shown(Path(source))
     return cache.kept(key, lambda write: _encoded(name, parts, chat, objective, config, *options, write, progress))
 
 

@@ -13,6 +13,7 @@ from peftctl.data.encoded import Dataset, Examples, Lazy, Origin, Report, listed
 from peftctl.data.encoding import COUNTED, SHOWN
 from peftctl.data.order import Mix, split
 from peftctl.data.preflight import lengths
+from peftctl.data.sources.hub import Hub
 from peftctl.errors import DataError
 from peftctl.row import Row
 
@@ -20,11 +21,23 @@ from peftctl.row import Row
 class Wanted(NamedTuple):
     """One source that a recipe asks for; None: as `data` has it."""
 
-    path: str
+    path: str | None = None
+    hub: str | None = None
+    split: str | None = None
+    config: str | None = None
+    revision: str | None = None
     weight: float | None = None
     format: str | None = None
     columns: dict[str, str] | None = None
     limit: int | None = None
+
+    @property
+    def place(self) -> str | Hub:
+        """What is read."""
+        if self.path is not None:
+            return self.path
+        assert self.hub is not None
+        return Hub(self.hub, self.split or "train", self.config, self.revision)
 
 
 def wanted(value: Any) -> list[Wanted]:

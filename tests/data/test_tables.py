@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from datetime import datetime
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -156,6 +158,15 @@ def test_the_same_rows_come_back_from_every_format(rows):
 def test_rows_of_parquet_have_numbers():
     written([{"a": number} for number in range(8)], "rows.parquet")
     assert read("rows.parquet").rows[4] == ("rows.parquet:row 5", {"a": 4})
+
+
+def test_values_that_json_has_not_are_texts():
+    moment, number = datetime(2001, 2, 3, 4), Decimal("1.50")
+    row = {"a": moment, "b": {"c": [number]}, "d": b"raw", "e": None}
+    pq.write_table(pa.Table.from_pylist([row, {"a": None}]), "rows.parquet")
+    first, second = (found for _, found in read("rows.parquet").rows)
+    assert first == {"a": "2001-02-03 04:00:00", "b": {"c": ["1.50"]}, "d": {"bytes": 3}, "e": None}
+    assert second == {"a": None, "b": None, "d": None, "e": None}
 
 
 @pytest.mark.fault(36)

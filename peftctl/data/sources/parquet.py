@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import shutil
 import tempfile
 import zlib
@@ -16,7 +17,7 @@ from peftctl.data.sources.records import START, Mark, Record
 from peftctl.errors import DataError
 
 if TYPE_CHECKING:
-    from pyarrow import RecordBatch
+    from pyarrow import DataType, RecordBatch, Table
     from pyarrow.parquet import ParquetFile
 
 ROWS, BUFFER = 256, 1 << 20  # read together; bytes of a column's chunk that are held
@@ -35,7 +36,7 @@ def rows(path: Path, name: str, start: Mark = START) -> Iterator[Record]:
                     number += size
                     continue
                 for batch in file.iter_batches(ROWS, row_groups=[group]):
-                    for row in _values(batch):
+                    for row in values(batch):
                         number += 1
                         if number > start.offset:
                             yield Record(number, row, Mark(number, number))
@@ -49,15 +50,35 @@ def count(path: Path, name: str) -> int:
         return int(file.metadata.num_rows)
 
 
-def _values(batch: RecordBatch) -> list[Any]:
-    """Rows, or what is wrong with one."""
+def values(batch: RecordBatch | Table) -> list[Any]:
+    """Rows, of what JSON can hold, or what is wrong with one."""
     try:
         found: list[Any] = batch.to_pylist()
     except UnicodeDecodeError as error:
         if len(batch) == 1:
             return [f"invalid UTF-8 at byte {error.start + 1} of a text"]
-        return [row for place in range(len(batch)) for row in _values(batch.slice(place, 1))]
-    return found
+        return [row for place in range(len(batch)) for row in values(batch.slice(place, 1))]
+    if all(map(_plain, batch.schema.types)):
+        return found
+    written: list[Any] = json.loads(json.dumps(found, default=_written))
+    return written
+
+
+def _plain(kind: DataType) -> bool:
+    """Whether values of an Arrow type are as JSON has them."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _plain(kind.value_type)
+    if types.is_struct(kind):
+        return all(_plain(kind.field(number).type) for number in range(kind.num_fields))
+    checks = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return any(check(kind) for check in (*checks, types.is_null))
+
+
+def _written(value: Any) -> Any:
+    """Dates, numbers and the like as texts; bytes as what no column can be taken for."""
+    return {"bytes": len(value)} if isinstance(value, bytes) else str(value)
 
 
 @contextmanager
