@@ -29,6 +29,7 @@ def batches_of(planned: Plan, policy: Policy, world: World, facts: Mapping[str, 
         total=planned.examples,
         validation=planned.data.validation,
         ranks=world.size,
+        stream=planned.data.stream,
     )
     objective = objectives.get(planned.recipe.objective.name)
     if objective.rollout is None:

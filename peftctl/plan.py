@@ -112,7 +112,10 @@ def fit(data: Prepared, base: bases.Base, recipe: Recipe) -> int | None:
     if not known:
         return None
     room: int = min(known) - virtual
-    for report in filter(None, (data.report, data.validation_report)):
+    reports = [report for report in (data.report, data.validation_report) if report is not None]
+    if data.stream is not None:  # of its rows no more is known than what is refused
+        reports[0] = data.report._replace(reach=data.stream.job.max_length)
+    for report in reports:
         if report.reach > room:
             taken = f", {virtual} of them for virtual tokens" if virtual else ""
             raise DataError(

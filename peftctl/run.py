@@ -217,6 +217,8 @@ def _kept(
         return []  # no row comes twice
     settings, found = planned.recipe.train, list[Reuse | Remembered | None]()
     steps, base, fused = planned.steps, planned.base, settings.fuse
+    if planned.data.stream is not None:
+        return []  # nobody knows all rows
     if settings.cache_reference and training.reference is not None:
         chosen = folder.choice("remembered_reference")
         reference = training.reference

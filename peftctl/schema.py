@@ -102,6 +102,8 @@ class DataConfig(Block):
     on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with a row that cannot be used")
     share_starts: bool = Field(True, description="compute once what rows share at their start")
     limit: int | None = Field(None, ge=1, description="the first rows only, of each source of train")
+    streaming: bool = Field(False, description="read rows as training needs them; nothing is kept of them")
+    shuffle_buffer: int = Field(10_000, ge=1, description="neighbouring rows that are shuffled together in streaming")
     bucket: int | None = Field(
         None, ge=1, description="optimizer steps whose rows are sorted by length together, cut into steps and shuffled"
     )

@@ -8,6 +8,7 @@ from peftctl.batch import Batch, build
 from peftctl.data import packing
 from peftctl.data.encoded import Dataset, Lazy
 from peftctl.data.order import Buckets, examples
+from peftctl.data.stream import Stream
 from peftctl.row import Row
 
 EVALUATED = 4096  # tokens of a micro-batch that needs no gradients
@@ -22,7 +23,8 @@ class Batches:
     `bucket`: steps whose examples are sorted together. `total`: examples after which the run ends; None for no end.
     `share`: whether what rows share at their start is computed once. `padded`: whether rows are laid out as rectangles.
     `trim`: whether a row ends with its last source, which is for causal attention. `ranks`: processes that share a
-    step, which is cut into a micro-batch for each where it would have fewer.
+    step, which is cut into a micro-batch for each where it would have fewer. `stream`: what is trained on in place of
+    `train`; the place then counts the rows of the source.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Batches:
         total: int | None = None,
         validation: Dataset | None = None,
         ranks: int = 1,
+        stream: Stream | None = None,
     ) -> None:
         self.train = train
         self.validation = validation
@@ -54,13 +57,16 @@ class Batches:
         self.trim = trim
         self.total = total
         self.ranks = ranks
+        self.stream = stream
 
     def step(self, position: int) -> tuple[list[Batch], int]:
         """The micro-batches of the step at `position`, and the position after it. The last step may be smaller, and
         after it there is none: an empty list."""
+        if self.stream is not None:
+            data, after = self.stream.take(position, self.per_step)
+            return self._cut(data, range(len(data)), data.sizes(self.padded)), after
         chosen = self.examples(position)
-        parts = [[chosen[place] for place in part] for part in self.parts([self.sizes[i] for i in chosen])]
-        return [self.built(self.train.rows(part)) for part in parts], position + len(chosen)
+        return self._cut(self.train, chosen, [self.sizes[i] for i in chosen]), position + len(chosen)
 
     def examples(self, position: int) -> list[int]:
         """The examples of the step at `position`."""
@@ -69,6 +75,9 @@ class Batches:
 
     def built(self, rows: Sequence[Row]) -> Batch:
         return build(rows, share=_share(self.share), trim=self.trim)
+
+    def _cut(self, data: Dataset, chosen: Sequence[int], sizes: Sequence[int]) -> list[Batch]:
+        return [self.built(data.rows([chosen[place] for place in part])) for part in self.parts(sizes)]
 
     def parts(self, sizes: Sequence[int]) -> packing.Parts:
         """How examples of these sizes are cut into micro-batches."""

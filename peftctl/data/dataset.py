@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 from peftctl.data import cache, preflight
 from peftctl.data.cache import Made
 from peftctl.data.encoded import Dataset, Report
-from peftctl.data.encoding import COUNTED, SHOWN, Job, Tokenizer, Written
+from peftctl.data.encoding import COUNTED, SHOWN, Given, Job, Tokenizer, Written
 from peftctl.data.formats import DESCRIBED
 from peftctl.data.mixing import Wanted, held_out, joined, summed, wanted
 from peftctl.data.order import PAIRED, order
 from peftctl.data.packed import Packed
 from peftctl.data.parallel import chunks
-from peftctl.data.reading import Reading
+from peftctl.data.reading import HEAD, Reading
 from peftctl.data.sources import Fault, Part, files, fingerprint, place, shown
 from peftctl.data.sources.hub import Hub
+from peftctl.data.stream import Stream
 from peftctl.errors import DataError
 from peftctl.objectives.base import Objective
 
@@ -37,6 +38,7 @@ class Prepared(NamedTuple):
     validation_report: Report | None
     repeated: int  # training examples that stood before
     leaked: int  # held-out examples that are trained on as well
+    stream: Stream | None = None  # what is trained on in place of `train`, which are then its first rows
 
     @property
     def warnings(self) -> list[str]:
@@ -102,10 +104,16 @@ def prepare(
         datasets, reports = [dataset for dataset, _ in found], [report for _, report in found]
         return datasets, reports[0] if len(reports) == 1 else summed(reports, datasets)
 
-    sources = wanted(data.train)
-    trained, report = every(sources, data.limit)
     held: list[Dataset] = []
     held_report: Report | None = None
+    if data.streaming:
+        sample, report, stream = _streamed(recipe, chat, objective, vocabulary)
+        if data.validation is not None:
+            held, held_report = every(wanted(data.validation), None)
+        beside = joined(held) if held else None
+        return Prepared(sample, beside, report, held_report, *preflight.overlap(sample, beside), stream)
+    sources = wanted(data.train)
+    trained, report = every(sources, data.limit)
     if isinstance(data.validation, float):
         trained, held = held_out(trained, data.validation, seed, pieces=data.truncate == "split")
     elif data.validation is not None:
@@ -139,10 +147,9 @@ def load(
     Raises DataError for a source of a kind that the objective does not learn from, for one of which no row can be
     used, and, unless `on_bad_row` is `skip`, for any row that cannot be used.
     """
-    parts: Sequence[Part] = [source] if isinstance(source, Hub) else files(source)
+    parts, name = _parts(source), _name(source)
     options = (format, columns, max_length, truncate, on_bad_row, limit, vocabulary)
     key = cache.key(parts, chat.fingerprint, objective, config, options)
-    name = source.shown if isinstance(source, Hub) else shown(Path(source))
     return cache.kept(key, lambda write: _encoded(name, parts, chat, objective, config, *options, write, progress))
 
 
@@ -164,6 +171,24 @@ def _encoded(
 ) -> Made:
     reading = Reading(name, parts, limit)
     head = reading.head()
+    job = _job(name, head, chat, objective, config, format, columns, max_length, truncate, vocabulary)
+    packed, report = _gathered(job, reading, head, on_bad_row, write, progress)
+    return Made(packed, report, tuple(part.prefix for part in parts), fingerprint(parts))
+
+
+def _job(
+    name: str,
+    head: Sequence[Given],
+    chat: Tokenizer,
+    objective: Objective[Any],
+    config: Any,
+    format: str,
+    columns: Mapping[str, str] | None,
+    max_length: int,
+    truncate: str,
+    vocabulary: int | None,
+) -> Job:
+    """What encodes the rows of a source, by what its first rows are. Raises DataError."""
     seen = dict.fromkeys(column for _, row in head if isinstance(row, dict) for column in row)
     written = Written(name, tuple(seen), format, columns, objective.kinds)
     decided = written.decide()
@@ -172,7 +197,19 @@ def _encoded(
         raise DataError(f"{name} has {decided.format.described}; objective {objective.name} learns from {wanted}")
     if truncate == "split" and decided.format.kind != "text":
         raise DataError(f"{name} has {decided.format.described}; data.truncate: split is for raw text")
-    job = Job(chat, objective, config, written, decided, max_length, vocabulary, truncate)
+    return Job(chat, objective, config, written, decided, max_length, vocabulary, truncate)
+
+
+def _gathered(
+    job: Job,
+    reading: Reading,
+    head: Sequence[Given],
+    on_bad_row: str,
+    write: Callable[[bytes], Any],
+    progress: Progress,
+) -> tuple[Packed, Report]:
+    """All rows encoded, their bytes written, and the report on them. Raises DataError."""
+    name, seen = reading.name, dict.fromkeys(job.written.seen)
     packed, faults, counts, reach = Packed(), list[tuple[int, str]](), Counter[str](), 0
     for chunk in chunks(job, reading.batches(head), reading.long):
         packed.extend(chunk.packed)
@@ -182,24 +219,50 @@ def _encoded(
         counts.update(chunk.counts)
         seen |= dict.fromkeys(chunk.columns)
         progress(name, counts["read"], reading.expected())
-    names = tuple(part.prefix for part in parts)
-    listed = tuple(Fault(place(names, code), reason) for code, reason in faults)
+    prefixes = [part.prefix for part in reading.parts]
+    listed = tuple(Fault(place(prefixes, code), reason) for code, reason in faults)
     if counts["refused"] and (on_bad_row != "skip" or counts["refused"] == counts["read"]):
         raise DataError(_refusal(name, listed, counts["refused"], counts["read"], on_bad_row))
     figures: dict[str, Any] = preflight.lengths(packed.tokens)._asdict() | {key: counts[key] for key in COUNTED}
     report = Report(
         name=name,
-        format=decided.format.name,
-        kind=decided.format.kind,
+        format=job.columns.format.name,
+        kind=job.columns.format.kind,
         read=counts["read"],
         kept=counts["read"] - counts["refused"],
         refused=counts["refused"],
         faults=listed,
         reach=reach,
-        unused=decided.unused(tuple(seen)),
+        unused=job.columns.unused(tuple(seen)),
         **figures,
     )
-    return Made(packed, report, names, fingerprint(parts))
+    return packed, report
+
+
+def _streamed(
+    recipe: Any, chat: Tokenizer, objective: Objective[Any], vocabulary: int | None
+) -> tuple[Dataset, Report, Stream]:
+    """The first rows, checked as all are elsewhere, and what reads the rest while training goes on."""
+    data, sources = recipe.data, wanted(recipe.data.train)
+    parts = [part for source in sources for part in _parts(source.place)]
+    name = ", ".join(_name(source.place) for source in sources)
+    format, columns = sources[0].format or data.format, sources[0].columns or data.columns
+    reading = Reading(name, parts, HEAD)
+    head, content = reading.head(), bytearray()
+    config = recipe.objective
+    job = _job(name, head, chat, objective, config, format, columns, data.max_length, data.truncate, vocabulary)
+    packed, report = _gathered(job, reading, head, data.on_bad_row, content.extend, silent)
+    stream = Stream(name, parts, job, recipe.train.seed, data.shuffle_buffer, data.on_bad_row == "skip")
+    made = Made(packed, report, tuple(part.prefix for part in parts), stream.fingerprint)
+    return made.loaded(lambda start, end: bytes(memoryview(content)[start:end]))[0], report, stream
+
+
+def _parts(source: str | Path | Hub) -> Sequence[Part]:
+    return [source] if isinstance(source, Hub) else files(source)
+
+
+def _name(source: str | Path | Hub) -> str:
+    return source.shown if isinstance(source, Hub) else shown(Path(source))
 
 
 def _paired(dataset: Dataset, objective: Objective[Any], seed: int, part: str) -> Dataset:

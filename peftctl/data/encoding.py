@@ -139,15 +139,15 @@ def encode(job: Job, given: Sequence[Given]) -> Chunk:
     for place, row in given:
         counts["read"] += 1
         try:
-            pieces, size = _pieces(job, row)
+            found, size = pieces(job, row)
         except DataError as error:
             counts["refused"] += 1
             counts["unlabelled"] += isinstance(error, NoLabel)
             faults.append((place, str(error)))
             continue
         counts["truncated"] += size + room > job.max_length
-        counts["bos_missing"] += sum(own.ids[: len(opening)] != opening for own in pieces[0])
-        for rows in pieces:
+        counts["bos_missing"] += sum(own.ids[: len(opening)] != opening for own in found[0])
+        for rows in found:
             contents.append(packed.add(rows, place))
             counts.update(_counts(rows, job.chat))
             counts["reach"] = max(counts["reach"], *(own.reach + room for own in rows))
@@ -155,7 +155,7 @@ def encode(job: Job, given: Sequence[Given]) -> Chunk:
     return Chunk(packed, b"".join(contents), faults[:SHOWN], dict(counts), list(columns))
 
 
-def _pieces(job: Job, row: Json | str) -> tuple[list[tuple[Row, ...]], int]:
+def pieces(job: Job, row: Json | str) -> tuple[list[tuple[Row, ...]], int]:
     """The examples of a row of the source, of which one that is split has several; and its size before."""
     if isinstance(row, str):
         raise DataError(row)

@@ -46,7 +46,7 @@ def order(n: int, seed: int, epoch: int) -> list[int]:
 
 @lru_cache(maxsize=4)
 def _order(n: int, seed: int, epoch: int) -> array[int]:
-    return array("L", _shuffled(range(n), f"peftctl order, seed {seed}, epoch {epoch}"))
+    return array("L", shuffled(range(n), f"peftctl order, seed {seed}, epoch {epoch}"))
 
 
 @lru_cache(maxsize=4)
@@ -57,12 +57,12 @@ def _mixed(mix: Mix, seed: int, epoch: int) -> array[int]:
         before = sum(mix.sizes[:part])
         own = _stretch(epoch * count, count, size, partial(_own, size, seed, part))
         chosen += (before + one for one in own)
-    return array("L", _shuffled(chosen, f"peftctl mix, seed {seed}, epoch {epoch}"))
+    return array("L", shuffled(chosen, f"peftctl mix, seed {seed}, epoch {epoch}"))
 
 
 @lru_cache(maxsize=16)
 def _own(n: int, seed: int, part: int, epoch: int) -> array[int]:
-    return array("L", _shuffled(range(n), f"peftctl order, seed {seed}, source {part}, epoch {epoch}"))
+    return array("L", shuffled(range(n), f"peftctl order, seed {seed}, source {part}, epoch {epoch}"))
 
 
 def _stretch(position: int, count: int, n: int, order: Callable[[int], Sequence[int]]) -> list[int]:
@@ -74,7 +74,8 @@ def _stretch(position: int, count: int, n: int, order: Callable[[int], Sequence[
     return chosen
 
 
-def _shuffled(items: Iterable[T], name: str) -> list[T]:
+def shuffled(items: Iterable[T], name: str) -> list[T]:
+    """The items in an order that the name alone decides."""
     # Fisher-Yates by hand: `random()` of a string seed is promised to stay the same, `shuffle` is not
     random, mixed = Random(name), list(items)
     for last in range(len(mixed) - 1, 0, -1):
@@ -102,7 +103,7 @@ def _regrouped(items: list[int], buckets: Buckets, name: str) -> list[int]:
     places = sorted(range(len(items)), key=lambda place: buckets.sizes[items[place]])
     # within a step as shuffled: where the last step of a run is cut short, the short rows must not be what is left
     steps = [sorted(places[start : start + buckets.step]) for start in range(0, len(items), buckets.step)]
-    return [items[place] for step in _shuffled(steps, name) for place in step]
+    return [items[place] for step in shuffled(steps, name) for place in step]
 
 
 def examples(

@@ -53,7 +53,14 @@ def recipe(objective=PLAIN, seed=0, **data):
         "format": "auto",
         "columns": None,
     }
-    fields |= {"truncate": "refuse", "on_bad_row": "error", "share_starts": True, "limit": None, **data}
+    fields |= {
+        "truncate": "refuse",
+        "on_bad_row": "error",
+        "share_starts": True,
+        "streaming": False,
+        "limit": None,
+        **data,
+    }
     return SimpleNamespace(data=SimpleNamespace(**fields), objective=objective, train=SimpleNamespace(seed=seed))
 
 

@@ -13,11 +13,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peftctl.data.sources.files import files, shown
-from peftctl.data.sources.records import Cells, Fault, Json, Part, Record
+from peftctl.data.sources.records import Cells, Fault, Json, Mark, Part, Record
 from peftctl.data.sources.table import spelled
 from peftctl.errors import DataError
 
-__all__ = ["Cells", "Fault", "Json", "Part", "Record", "Source", "code", "empty", "files", "fingerprint", "place"]
+__all__ = [
+    "Cells",
+    "Fault",
+    "Json",
+    "Mark",
+    "Part",
+    "Record",
+    "Source",
+    "code",
+    "empty",
+    "files",
+    "fingerprint",
+    "place",
+]
 __all__ += ["read", "records", "shown", "spelled"]
 
 LINE = 40  # bits of a place's number that tell the line; the others tell the part

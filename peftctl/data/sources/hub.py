@@ -60,6 +60,8 @@ class Hub:
         known = [self.name, builder.config.name, self.split, builder.hash]  # the last is the commit
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
+    sample = digest
+
     @property
     def shown(self) -> str:
         return f"{self.name}:{self.split}"

@@ -51,6 +51,9 @@ class Part(Protocol):
     def digest(self) -> str:
         """The sha256 of its content. Raises OSError."""
 
+    def sample(self) -> str:
+        """The sha256 of its size and of samples of its content, where all of it would take too long."""
+
 
 class Cells(dict[str, Any]):
     """A row of which every value is a text: what is none elsewhere is spelled out in it."""
