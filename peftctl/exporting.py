@@ -57,8 +57,9 @@ def _to_peft(found: Found, output: Path, server: str | None, name: str) -> list[
             form = (adapter.method, adapter.config, found.skeleton, adapter.tensors, found.base)
             kind = peft.write_likeness(folder, *form)
         return [f"peft loads it as {kind}"]
-    if adapter.method.exchange is None:
-        raise InputError(f"--to peft: the peft package has no {adapter.method.name} adapters; {_instead(found)}")
+    if peft.exchanged(adapter.method, found.skeleton) is None:
+        of = f" of {found.skeleton.architecture}" if adapter.method.exchange is not None else ""
+        raise InputError(f"--to peft: the peft package has no {adapter.method.name} adapters{of}; {_instead(found)}")
     keys, stored = peft.as_peft(adapter.method, adapter.config, found.skeleton, adapter.tensors)
     problems = vllm.problems(keys, stored) if server else []
     problems += ["it takes no new tokens with an adapter"] if server and found.base.rows is not None else []

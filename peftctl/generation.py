@@ -15,7 +15,7 @@ from peftctl.errors import ModelError
 from peftctl.methods.attachment import Virtual
 from peftctl.policy import Policy, cache_of
 from peftctl.row import Row
-from peftctl.seq2seq import start_of, two_sided
+from peftctl.seq2seq import prefixed, start_of, two_sided
 from peftctl.surgery import device_of
 
 
@@ -40,24 +40,21 @@ def generate(
     torch.manual_seed(seed)
     prompt, extra = _prompt(policy, ids)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
-    begun = prompt.shape[1]
-    if two_sided(policy.model):
-        begun = 1  # the answer stands behind the decoder's first token
-        # a cache that grows: one that transformers makes itself has as many layers as T5's encoder
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        extra |= {"decoder_start_token_id": start_of(policy.model), _cache_name(policy): cache}
+    sided = two_sided(policy.model)
+    begun = 1 if sided else prompt.shape[1]  # a decoder's answer stands behind its first token
     if temperature > 0:
         sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    output = policy.model.generate(  # type: ignore[operator]
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(end) or None,
-        pad_token_id=end[0] if end else 0,
-        streamer=_Streamer(on_token),
-        **sampling,
-        **extra,
-    )
+    with prefixed(policy.model, policy.attachment.virtual() if sided else None):
+        output = policy.model.generate(  # type: ignore[operator]
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(end) or None,
+            pad_token_id=end[0] if end else 0,
+            streamer=_Streamer(on_token),
+            **sampling,
+            **extra,
+        )
     new: list[int] = output[0, begun:].tolist()
     return new
 
@@ -81,6 +78,11 @@ def _prompt(policy: Policy, ids: Sequence[int]) -> tuple[Tensor, dict[str, Any]]
     """The prompt, behind as many stand-ins as the cache already holds virtual tokens."""
     device = device_of(policy.model)
     virtual = policy.attachment.virtual()
+    if two_sided(policy.model):
+        # a cache that grows: one that transformers makes itself has as many layers as T5's encoder
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        extra = {"decoder_start_token_id": start_of(policy.model), _cache_name(policy): cache}
+        return torch.tensor([list(ids)], device=device), extra
     if virtual is None:
         return torch.tensor([list(ids)], device=device), {}
     stand_ins = [0] * virtual.length

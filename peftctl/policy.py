@@ -167,7 +167,7 @@ class Policy(nn.Module):
     def _padded(self, batch: Batch, virtual: Virtual | None, first: bool = False) -> tuple[Tensor, Tensor]:
         rows, device = batch.rows, batch.ids.device
         if two_sided(self.model):
-            return self._sides(batch)
+            return self._sides(batch, virtual)
         ids, real = rectangle([row.ids for row in rows], device)
         width, types = ids.shape[1], None
         if batch.types is not None:
@@ -183,8 +183,8 @@ class Policy(nn.Module):
         places = batch.labels.row * width + (0 if first else batch.positions[batch.labels.source])
         return last_hidden(output).flatten(0, 1), places
 
-    def _sides(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        states = both_sides(self.model, batch)
+    def _sides(self, batch: Batch, virtual: Virtual | None) -> tuple[Tensor, Tensor]:
+        states = both_sides(self.model, batch, virtual)
         before = torch.tensor([row.source for row in batch.rows], device=batch.ids.device)
         row = batch.labels.row
         places = row * states.shape[1] + batch.positions[batch.labels.source] - before[row]

@@ -6,12 +6,15 @@ The encoder reads each different prompt once, whatever rows ask about it; the de
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftctl.batch import Batch
+from peftctl.kernels.prefixed import running
+from peftctl.methods.attachment import Virtual
 
 
 def two_sided(model: Any) -> bool:
@@ -38,8 +41,21 @@ def answered(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return output.logits, output.decoder_hidden_states[-1]
 
 
-def hidden(model: Any, batch: Batch) -> Tensor:
+def prefixed(model: Any, virtual: Virtual | None) -> AbstractContextManager[None]:
+    """What an encoder-decoder runs in, so that its attentions see the virtual tokens."""
+    if virtual is None:
+        return nullcontext()
+    held = zip(virtual.paths, virtual.keys, virtual.values, strict=True)
+    return running(model, {model.get_submodule(path): (keys, values) for path, keys, values in held})
+
+
+def hidden(model: Any, batch: Batch, virtual: Virtual | None = None) -> Tensor:
     """The decoder's last hidden states, (rows, tokens of the longest row's decoder side, d)."""
+    with prefixed(model, virtual):
+        return _hidden(model, batch)
+
+
+def _hidden(model: Any, batch: Batch) -> Tensor:
     prompts = list(dict.fromkeys(row.ids[: row.source] for row in batch.rows))
     which = torch.tensor([prompts.index(row.ids[: row.source]) for row in batch.rows], device=batch.ids.device)
     ids, real = rectangle(prompts, batch.ids.device)

@@ -13,12 +13,13 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from peftctl import base as bases
-from peftctl import commands, evaluation, objectives, opened, recipe, seq2seq
+from peftctl import commands, evaluation, methods, objectives, opened, recipe, seq2seq
 from peftctl import policy as policies
 from peftctl.batch import Batch, build
 from peftctl.errors import DataError, ModelError, PeftctlError
-from peftctl.formats.peft import WEIGHTS
+from peftctl.formats.peft import OWN_TYPE, WEIGHTS, as_peft
 from peftctl.generation import generate, generate_plainly
+from peftctl.kernels import prefixed
 from peftctl.layout import choose
 from peftctl.opened import policy_of
 from peftctl.plan import Options, plan
@@ -27,7 +28,7 @@ from peftctl.row import Row
 from peftctl.surgery import skeleton
 from tests import runs
 from tests.methods import contract, exchange
-from tests.models import tiny
+from tests.models import inputs, tiny
 
 NAMES = ["t5", "bart"]
 CONFIGS = {
@@ -35,6 +36,7 @@ CONFIGS = {
     "ia3": {},
     "bottleneck": {"preset": "houlsby"},
     "bitfit": {"add_missing": True},
+    "prefix": {"num_virtual_tokens": 3},
 }
 T5 = {"name": str(runs.CONFIGS / "models" / "tiny-t5.json"), "task": "seq2seq-lm"}
 TASKS = {"train": str(runs.CONFIGS / "data" / "tasks.jsonl")}
@@ -76,7 +78,8 @@ def test_a_rows_loss_is_the_models_own(name: str, method: str | None) -> None:
         logprob = policy.tokens(batch).logprob
         for number, row in enumerate(batch.rows):
             prompt, answer = (torch.tensor([ids]) for ids in (row.ids[: row.source], row.ids[row.source + 1 :]))
-            expected = policy.model(input_ids=prompt, labels=answer).loss
+            with seq2seq.prefixed(policy.model, policy.attachment.virtual()):
+                expected = policy.model(input_ids=prompt, labels=answer).loss
             torch.testing.assert_close(-logprob[batch.labels.row == number].mean(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -121,6 +124,41 @@ def test_without_its_deltas_a_batch_is_the_bases_to_the_bit(name: str) -> None:
                 assert torch.equal(policy.tokens(batch_of(name)).logprob, base)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_prefix_is_what_as_many_tokens_more_would_be(name: str) -> None:
+    """Keys and values that the projections themselves make of some states are those of the states put first."""
+    policy = attached(name, "prefix")
+    virtual = policy.attachment.virtual()
+    assert virtual is not None and len(virtual.paths) == len(virtual.keys) == 2 + 3 + 3
+    for path, own, other in zip(virtual.paths, virtual.keys, virtual.values, strict=True):
+        module = policy.model.get_submodule(path)
+        query, keys, values = (torch.randn(2, 4, n, 8, generator=torch.Generator().manual_seed(n)) for n in (5, 6, 7))
+        values = values[:, :, :6]
+        with prefixed.running(policy.model, {module: (own, other)}):
+            found, _ = prefixed.prefixed_attention(module, query, keys, values, None, scaling=0.5)
+        whole = [torch.cat([t.expand(2, -1, -1, -1), real], 2) for t, real in ((own, keys), (other, values))]
+        expected = torch.softmax(query @ whole[0].mT * 0.5, -1) @ whole[1]
+        torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_is_saved_under_our_own_name_for_peft_lacks_it() -> None:
+    policy, config = attached("bart", "prefix"), contract.config("prefix", **CONFIGS["prefix"])
+    keys, tensors = as_peft(methods.get("prefix"), config, skeleton(policy.model), policy.attachment.tensors())
+    assert keys["peft_type"] == OWN_TYPE and tensors.keys() == policy.attachment.tensors().keys()
+
+
+def test_a_prefix_that_an_attention_never_sees_is_told() -> None:
+    policy = attached("t5", "prefix")
+    virtual = policy.attachment.virtual()
+    assert virtual is not None
+    with (
+        pytest.raises(ModelError, match="no prefix can be put there"),
+        prefixed.running(policy.model, {policy.model: (virtual.keys[0], virtual.values[0])}),
+    ):
+        policy.model(**inputs(policy.model))
+
+
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
@@ -153,7 +191,7 @@ def _padding_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _prompts_are_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mixed(model: Any, batch: Batch) -> torch.Tensor:
+    def mixed(model: Any, batch: Batch, virtual: None) -> torch.Tensor:
         first = batch.rows[0]
         own = [(first.ids[: first.source] + row.ids[row.source :], first.source) for row in batch.rows]
         return seq2seq.hidden(model, build([Row(ids, (1.0,) * len(ids), source=source) for ids, source in own]))
@@ -254,7 +292,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(blocks: dict[str, Any]
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning"])
+@pytest.mark.parametrize("method", ["prompt", "p-tuning"])
 def test_virtual_tokens_have_no_place(method: str, tmp_path: Path) -> None:
     contents = document() | {"method": {"name": method}}
     with pytest.raises(PeftctlError, match="T5ForConditionalGeneration has 2 stacks of layers") as caught:

@@ -57,7 +57,7 @@ def write(
     """Write them into an existing folder, and a task's config beside them. Raises FormatError, OSError."""
     keys, stored = as_peft(method, config, skeleton, tensors)
     facts = origin.facts(base, skeleton)
-    if method.exchange is not None:
+    if exchanged(method, skeleton) is not None:
         stored |= _grown(keys, stored, skeleton, tensors, base)
     document = {"format": FORMAT, "method": json.loads(config.model_dump_json()), "base": facts}
     (folder / OURS).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
@@ -113,9 +113,10 @@ def as_peft(
 
     Rows of new tokens are left out of peft's, which has their whole matrices instead.
     """
-    if method.exchange is None:
+    exchange = exchanged(method, skeleton)
+    if exchange is None:
         return {"peft_type": OWN_TYPE, "inference_mode": True}, dict(tensors)
-    return _beside(method.exchange().write, config, skeleton, tensors)
+    return _beside(exchange.write, config, skeleton, tensors)
 
 
 def _beside(
@@ -139,6 +140,12 @@ def _beside(
         return keys, stored
     prefix = _saved_prefix(keys)
     return keys | {"modules_to_save": paths}, stored | {prefix + there: tensors[ours] for there, ours in full.items()}
+
+
+def exchanged(method: Method[Any], skeleton: Skeleton) -> Exchange | None:
+    """How a method's adapters of such a base are written for peft; None where it lacks them."""
+    exchange = method.exchange() if method.exchange is not None else None
+    return exchange if exchange is not None and exchange.holds(skeleton) else None
 
 
 def _saved_prefix(keys: Mapping[str, Any]) -> str:

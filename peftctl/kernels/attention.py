@@ -42,17 +42,26 @@ _running: list[Running] = []
 @contextmanager
 def running(model: nn.Module, state: Running) -> Iterator[Running]:
     """Within it, the model's attention is the forest's; after it, what it was."""
-    configs: list[Any] = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
-    before = [config._attn_implementation for config in configs]
     _running.append(state)
     try:
-        for config in configs:
-            config._attn_implementation = NAME
-        yield state
+        with answering(model, NAME):
+            yield state
     finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
         _running.pop()
+
+
+@contextmanager
+def answering(model: nn.Module, name: str) -> Iterator[None]:
+    """Within it, the model's attention is the function registered under a name."""
+    configs: list[Any] = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
 
 
 def checkpoint_contexts(model: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

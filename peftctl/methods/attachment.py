@@ -91,6 +91,7 @@ class Virtual(NamedTuple):
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
     embeds: Tensor | None = None
+    paths: tuple[str, ...] = ()  # of an encoder-decoder: the attention that each of the keys and values belongs to
 
     @property
     def held(self) -> int:

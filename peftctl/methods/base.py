@@ -70,12 +70,14 @@ class Exchange(NamedTuple):
     `write(config, skeleton, tensors) -> (adapter_config keys, tensors under peft's names)`
     `read(adapter_config, skeleton, tensors) -> (keys of the recipe's method block, tensors under our names)`
     `claims(adapter_config)`: whether a file of this `peft_type` is this method's, where several share one.
+    `holds(skeleton)`: whether peft computes the same on such a base.
     """
 
     peft_type: str
     write: Callable[[Any, Skeleton, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
     read: Callable[[Mapping[str, Any], Skeleton, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
     claims: Callable[[Mapping[str, Any]], bool] = lambda keys: True
+    holds: Callable[[Skeleton], bool] = lambda skeleton: True
 
 
 Stored = Callable[[str], Any]  # a parameter of the base, by its full name

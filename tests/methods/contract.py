@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from peftctl import methods
+from peftctl import methods, seq2seq
 from peftctl.errors import Unfoldable
 from peftctl.methods.attachment import Attachment, Delta, Virtual
 from peftctl.methods.base import MethodConfig
@@ -49,6 +49,9 @@ def forward(model: PreTrainedModel, attachment: Attachment, ids: Tensor | None =
     """The logits of the real tokens, with the virtual ones, if any, before them: in a cache, or as embeddings."""
     call: dict[str, Any] = inputs(model) if ids is None else {"input_ids": ids}
     virtual = attachment.virtual()
+    if virtual is not None and virtual.paths:
+        with seq2seq.prefixed(model, virtual):
+            return model(**call).logits
     if virtual is not None:
         rows, length = call["input_ids"].shape
         call["attention_mask"] = torch.ones(rows, virtual.length + length, dtype=torch.long)

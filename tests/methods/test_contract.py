@@ -24,7 +24,6 @@ REFUSED = {
     "bitfit": {"llama", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "mixtral", "qwen3_moe", "phi3", "mpt", "t5"},
     "ia3": {"mixtral", "qwen3_moe"},
     "p-tuning": {"t5", "bart"},
-    "prefix": {"t5", "bart"},
     "prompt": {"t5", "bart"},
 }
 

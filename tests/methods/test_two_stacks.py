@@ -23,6 +23,7 @@ BOTTLENECK = 2 * HIDDEN * WIDTH + WIDTH + HIDDEN
         ("bottleneck", {"preset": "pfeiffer", "width": WIDTH}, 5 * BOTTLENECK),
         ("bottleneck", {"preset": "parallel", "width": WIDTH}, 5 * BOTTLENECK),
         ("bitfit", {"biases": "query+mlp", "add_missing": True}, (5 + 3) * HIDDEN + 5 * MIDDLE),
+        ("prefix", {"num_virtual_tokens": 3}, 3 * 2 * (5 + 3) * HIDDEN),
     ],
 )
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -30,7 +31,7 @@ def test_counts_both_stacks_and_cross_attention(name: str, method: str, keys: di
     config = contract.config(method, **keys)
     counted = methods.get(method).count(skeleton(tiny(name)), config)
     assert counted.total == expected
-    assert "in 5 of 5 layers" in counted.summary
+    assert ("in 8 of 8 attentions" if method == "prefix" else "in 5 of 5 layers") in counted.summary
     for check in (contract.keeps_shapes_and_counts, contract.trains_exactly_its_own, contract.leaves_no_trace):
         check(config, name)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from peftctl.errors import TargetError
-from peftctl.methods._blocks import KEY, Block, blocks
+from peftctl.methods._blocks import KEY, Block, every_block
 from peftctl.methods.base import Counted, Exchange, Method, MethodConfig, Traits
 from peftctl.skeleton import Dimensions, Skeleton
 
@@ -33,7 +33,7 @@ class PrefixConfig(MethodConfig):
 def shapes(skeleton: Skeleton, config: PrefixConfig) -> dict[str, tuple[int, ...]]:
     """The trained tensors. Raises TargetError where layers do not attend over keys and values of one shape."""
     size = cached(skeleton)
-    if not all(_attends(skeleton, block) for block in blocks(skeleton)):
+    if not all(_attends(skeleton, block) for block in attentions(skeleton)):
         raise TargetError(
             f"method: {skeleton.architecture} does not have keys and values of one shape in every layer, "
             "which prefix needs"
@@ -51,9 +51,19 @@ def shapes(skeleton: Skeleton, config: PrefixConfig) -> dict[str, tuple[int, ...
     }
 
 
+def attentions(skeleton: Skeleton) -> tuple[Block, ...]:
+    """Every block, once with each of its attentions: of an encoder-decoder, its decoder's blocks have two."""
+    return tuple(attending for block in every_block(skeleton) for attending in block.attentions)
+
+
 def cached(skeleton: Skeleton) -> Dimensions:
-    """The dimensions with the heads that a cache holds; Falcon repeats grouped ones for each query before it caches."""
+    """The dimensions with the heads that a cache holds; Falcon repeats grouped ones for each query before it caches.
+
+    `layers`: of an encoder-decoder, the number of attentions.
+    """
     size = skeleton.dimensions
+    if size.encoder_layers:
+        size = size._replace(layers=len(attentions(skeleton)))
     repeated = skeleton.model_type == "falcon" and size.kv_heads > 1
     return size._replace(kv_heads=size.heads) if repeated else size
 
@@ -70,9 +80,10 @@ def _attends(skeleton: Skeleton, block: Block) -> bool:
 
 def _count(skeleton: Skeleton, config: PrefixConfig) -> Counted:
     size = cached(skeleton)
+    what = "attentions" if size.encoder_layers else "layers"
     return Counted(
         {name: prod(shape) for name, shape in shapes(skeleton, config).items()},
-        f"{config.num_virtual_tokens} virtual tokens in {size.layers} of {size.layers} layers, keys and values of "
+        f"{config.num_virtual_tokens} virtual tokens in {size.layers} of {size.layers} {what}, keys and values of "
         f"{size.kv_heads} x {size.head_dim}",
     )
 

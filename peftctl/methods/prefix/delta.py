@@ -11,7 +11,7 @@ from torch.nn import functional
 from peftctl import surgery
 from peftctl.errors import Unfoldable
 from peftctl.methods.attachment import Attachment, Delta, Virtual
-from peftctl.methods.prefix import PrefixConfig, cached, shapes
+from peftctl.methods.prefix import PrefixConfig, attentions, cached, shapes
 from peftctl.skeleton import Dimensions
 
 
@@ -51,9 +51,9 @@ class PrefixAttachment(Attachment):
 
     shared: Prefix
 
-    def __init__(self, prefix: Prefix, size: Dimensions, dtype: torch.dtype) -> None:
+    def __init__(self, prefix: Prefix, size: Dimensions, dtype: torch.dtype, places: tuple[str, ...]) -> None:
         super().__init__(shared=prefix)
-        self.size, self.dtype = size, dtype
+        self.size, self.dtype, self.attentions = size, dtype, places
 
     def virtual(self) -> Virtual | None:
         if not self.shared.enabled:
@@ -62,10 +62,13 @@ class PrefixAttachment(Attachment):
         # (tokens, 2 * layers, heads, width of a head) -> 2 * layers of (heads, tokens, width); keys at the even places
         layers = rows.view(len(rows), 2 * self.size.layers, self.size.kv_heads, self.size.head_dim)
         parts = layers.permute(1, 2, 0, 3).unbind()
-        return Virtual(len(rows), keys=parts[0::2], values=parts[1::2])
+        return Virtual(len(rows), keys=parts[0::2], values=parts[1::2], paths=self.attentions)
 
 
 def attach(model: nn.Module, config: PrefixConfig) -> Attachment:
     table = surgery.skeleton(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return PrefixAttachment(Prefix(shapes(table, config)), cached(table), dtype)
+    sizes, places = shapes(table, config), tuple[str, ...]()
+    if table.dimensions.encoder_layers:
+        places = tuple(block.attention[0].path.rpartition(".")[0] for block in attentions(table))
+    return PrefixAttachment(Prefix(sizes), cached(table), dtype, places)

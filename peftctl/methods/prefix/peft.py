@@ -33,4 +33,5 @@ def read(
     return {"name": "prefix", "num_virtual_tokens": len(rows)}, {"prompt": rows}
 
 
-EXCHANGE = Exchange("PREFIX_TUNING", write, read)
+# of an encoder-decoder, peft has prefixes in the decoder's attention to itself alone, the same in several layers
+EXCHANGE = Exchange("PREFIX_TUNING", write, read, holds=lambda skeleton: not skeleton.dimensions.encoder_layers)
