@@ -72,6 +72,18 @@ class Batch:
         starts = torch.tensor([self.spans[path[0]][0] for path in self.paths], device=self.ids.device)
         return starts[self.labels.row]
 
+    @property
+    def visited(self) -> int:
+        """Number of computed tokens in the rows, shared ones once for each row."""
+        ends = [end - start for start, end in self.spans]
+        return sum(ends[segment] for path in self.paths for segment in path)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """(T,) in how many rows each token is."""
+        rows = torch.tensor([segment for path in self.paths for segment in path], dtype=torch.long)
+        return torch.bincount(rows, minlength=len(self.parent)).to(self.ids.device)[self.segment]
+
     def role(self, name: str) -> Tensor:
         """Indices of the rows with that role, in order."""
         found = [i for i, role in enumerate(self.roles) if role == name]

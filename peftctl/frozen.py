@@ -21,9 +21,9 @@ from peftctl.kernels.attention import Unsupported
 from peftctl.layout import LOOSE, TOLERANCE, distance
 from peftctl.methods._blocks import blocks
 from peftctl.methods.attachment import Attachment
-from peftctl.policy import Policy, swapped
+from peftctl.policy import Policy
 from peftctl.row import Row
-from peftctl.surgery import device_of, skeleton
+from peftctl.surgery import device_of, skeleton, swapped
 
 Known = Callable[[Row], Tensor | None]  # (tokens, d) of a row, as the frozen blocks answer
 
@@ -135,7 +135,7 @@ class Frozen:
 
 def find(policy: Policy, row: Row) -> Frozen | None:
     """The blocks below the lowest delta; None where there are none, or where nobody can say. `row`: any, to try on."""
-    if policy.layout.name == "padded" or policy.attachment.virtual() is not None:
+    if policy.layout.name == "padded" or policy.attachment.virtual() is not None or policy.balance is not None:
         return None
     try:
         paths = [block.path for block in blocks(skeleton(policy.model))]

@@ -18,6 +18,7 @@ from peftctl.opened import policy_of
 from peftctl.plan import Options, Plan
 from peftctl.policy import Policy, Reference, checkpointed, frozen_copy
 from peftctl.reference import reference_of
+from peftctl.routing import balance_of
 from peftctl.run_folder import RunFolder
 from peftctl.schema import TrainConfig
 from peftctl.surgery import without_dropout
@@ -59,6 +60,7 @@ def load(planned: Plan, folder: RunFolder, state: State | None, options: Options
         policy.fuse(pack=_packed(settings, model) if packed is None else packed)
     if not objective.likelihood:  # what is learnt is a small difference of log-probabilities
         policy.exact_logits()
+    policy.balance = balance_of(model, settings.router_loss)
     reference = reference_of(planned, policy, start, state, trust_remote_code=trust)
     optimizer = optim.build(
         attachment.trainable(),

@@ -21,7 +21,7 @@ from peftctl.data.templates import chosen
 from peftctl.errors import DataError, InputError, ModelError, several
 from peftctl.recipe import shared_folder
 from peftctl.schema import ModelConfig, Recipe
-from peftctl.skeleton import NewRows, Skeleton
+from peftctl.skeleton import EXPERTS, NewRows, Skeleton
 from peftctl.task import Task
 from peftctl.waiting import tokenising
 
@@ -70,6 +70,7 @@ def plan(recipe: Recipe, options: Options) -> Plan:
         possible(base, methods.get(recipe.method.name), recipe.method, trust_remote_code=trust)
     counts = count(base, methods.get(recipe.method.name), recipe.method, trust_remote_code=trust)
     skeleton = models.skeleton(base, trust_remote_code=trust)
+    _balanced(recipe, skeleton)
     with tokenising(options.quiet) as shown:
         data = prepare(recipe, chat, objectives.get(recipe.objective.name), skeleton.dimensions.vocabulary, shown)
     fit(data, base, recipe)
@@ -281,3 +282,9 @@ def _extent(recipe: Recipe, rows: int) -> tuple[int | None, int]:
     examples = max(1, round((settings.epochs or 1.0) * rows))
     repeats = objectives.get(recipe.objective.name).repeats(recipe.objective)
     return examples, math.ceil(examples / (settings.batch_size * settings.gradient_accumulation)) * repeats
+
+
+def _balanced(recipe: Recipe, skeleton: Skeleton) -> None:
+    """Refuse to balance experts where there are none."""
+    if recipe.train.router_loss and not any(module.kind in EXPERTS for module in skeleton.modules):
+        raise InputError(f"train.router_loss: {skeleton.architecture} has no experts to balance; leave it out")

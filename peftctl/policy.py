@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,10 +24,12 @@ from peftctl.kernels import attention
 from peftctl.kernels.rectangles import Plan
 from peftctl.kernels.token_stats import token_stats
 from peftctl.methods.attachment import Attachment, Virtual
-from peftctl.objectives.base import TokenStats
+from peftctl.objectives.base import Term, TokenStats
+from peftctl.routing import ASKED, Balance
 from peftctl.scores import TaskHead
 from peftctl.seq2seq import hidden as both_sides
 from peftctl.seq2seq import rectangle, two_sided
+from peftctl.surgery import swapped
 
 
 class Layout(NamedTuple):
@@ -60,6 +62,7 @@ class Policy(nn.Module):
         self.task_head = task_head
         # what a pass over a batch runs in: `frozen.py` puts what it knows in the place of the lowest blocks
         self.below: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext()
+        self.balance: Balance | None = None  # of a mixture of experts whose routers' loss counts
         self.packed = False  # whether the kernels keep copies of the matrices in the device's own order
         self.attention_calls = 0  # how often the last forest asked for attention: what the layout check compares
 
@@ -108,6 +111,12 @@ class Policy(nn.Module):
         """Per label of the batch, what the task's head says at its token: (labels, outputs), fp32."""
         answer: Tensor = self(batch, "scores")
         return answer
+
+    def auxiliary(self, batch: Batch) -> list[Term]:
+        """The model's own losses, of the passes with gradients that were asked for about the batch: its routers'."""
+        if self.balance is None:
+            return []
+        return [Term(self.balance.loss() * batch.visited, self.balance.coefficient)]
 
     def hidden(self, batch: Batch, first: bool = False) -> tuple[Tensor, Tensor]:
         """The trunk's last hidden states (N, d), and for each label the index of its source among them.
@@ -160,7 +169,7 @@ class Policy(nn.Module):
         with attention.running(self.model, state), self.below(batch):
             inputs = self._inputs(batch.ids[None], batch.positions[None], virtual)
             types = self._types(None if batch.types is None else batch.types[None])
-            output = self.trunk(**inputs, **types, **self.positions(positions[None]), **self._no_cache)
+            output = self._run(inputs | types | self.positions(positions[None]), batch.counts, batch.positions, virtual)
         self.attention_calls = state.calls
         return last_hidden(output)[0]
 
@@ -175,11 +184,11 @@ class Policy(nn.Module):
         length = virtual.held if virtual is not None else 0
         mask = torch.cat([real.new_ones(len(rows), length), real], dim=1).long()
         places_in_row = torch.arange(width, device=device).expand(len(rows), -1)
-        extra = self.positions(places_in_row + length + self.layout.first_position) | self._no_cache
-        extra |= self._types(types)
+        extra = self.positions(places_in_row + length + self.layout.first_position) | self._types(types)
         if virtual is not None and length:
             extra = extra | {self.cache_name: cache_of(virtual, len(rows)), "use_cache": True}
-        output = self.trunk(**self._inputs(ids, places_in_row, virtual), attention_mask=mask, **extra)
+        inputs = self._inputs(ids, places_in_row, virtual) | {"attention_mask": mask} | extra
+        output = self._run(inputs, real.flatten(), places_in_row.flatten(), virtual)
         places = batch.labels.row * width + (0 if first else batch.positions[batch.labels.source])
         return last_hidden(output).flatten(0, 1), places
 
@@ -190,6 +199,15 @@ class Policy(nn.Module):
         places = row * states.shape[1] + batch.positions[batch.labels.source] - before[row]
         return states.flatten(0, 1), places
 
+    def _run(self, inputs: dict[str, Any], counts: Tensor, positions: Tensor, virtual: Virtual | None) -> Any:
+        """What the trunk answers. For its routers' loss: how often each token counts, and its place in its rows."""
+        inputs = ({"use_cache": False} if "use_cache" in self._accepted else {}) | inputs
+        if self.balance is None or not torch.is_grad_enabled():
+            return self.trunk(**inputs)
+        output = self.trunk(**inputs | ASKED)
+        self.balance.hear(output, counts * (positions >= (virtual.run if virtual is not None else 0)))
+        return output
+
     @property
     def trunk(self) -> Any:
         return getattr(self.model, "base_model", self.model)
@@ -197,10 +215,6 @@ class Policy(nn.Module):
     @cached_property
     def _accepted(self) -> frozenset[str]:
         return frozenset(inspect.signature(self.trunk.forward).parameters)
-
-    @property
-    def _no_cache(self) -> dict[str, Any]:
-        return {"use_cache": False} if "use_cache" in self._accepted else {}
 
     @property
     def cache_name(self) -> str:
@@ -280,16 +294,3 @@ def checkpointed(model: Any) -> None:
 
 def frozen_copy(attachment: Attachment) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in attachment.moving().items()}
-
-
-@contextmanager
-def swapped(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other values in the tensors' place for a while; the tensors' own storage is not written to."""
-    own = {name: tensor.data for name, tensor in tensors.items()}
-    try:
-        for name, tensor in tensors.items():
-            tensor.data = values[name]
-        yield
-    finally:
-        for name, tensor in tensors.items():
-            tensor.data = own[name]

@@ -23,7 +23,7 @@ from peftctl.feeding import batches_of
 from peftctl.formats import peft
 from peftctl.loading import Training, load
 from peftctl.merging import merge
-from peftctl.penalty import penalised
+from peftctl.penalty import balanced, penalised
 from peftctl.plan import Options, Plan, plan, without_tokens
 from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
@@ -168,6 +168,7 @@ def _choices(training: Training, kept: Sequence[Reuse | Remembered]) -> dict[str
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "packed": training.policy.packed,
+        "router_loss": training.policy.balance.coefficient if training.policy.balance is not None else 0.0,
         "frozen_blocks": sum(one.frozen.count for one in kept if isinstance(one, Reuse)),
         "remembered_reference": any(isinstance(one, Remembered) for one in kept),
     }
@@ -240,6 +241,7 @@ def _job(
 ) -> Job:
     recipe, settings = planned.recipe, planned.recipe.train
     objective = penalised(objectives.get(recipe.objective.name), training.attachment)
+    objective = balanced(objective, training.policy)
     return Job(
         question=Question(objective, recipe.objective, training.policy, training.reference),
         batches=batches,

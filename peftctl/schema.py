@@ -135,6 +135,12 @@ class TrainConfig(Block):
     )
     weight_decay: float = Field(0.0, ge=0, description="spares tensors of one dimension")
     max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
+    router_loss: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the load-balancing loss of a mixture of experts; null: as the model's config says, "
+        "router_aux_loss_coef where output_router_logits is true",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the adapter's start, the data's order and dropout")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; there is one at the end anyway")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; there is one at the end anyway")

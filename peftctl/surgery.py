@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -163,3 +164,16 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+@contextmanager
+def swapped(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other values in the tensors' place for a while; the tensors' own storage is not written to."""
+    own = {name: tensor.data for name, tensor in tensors.items()}
+    try:
+        for name, tensor in tensors.items():
+            tensor.data = values[name]
+        yield
+    finally:
+        for name, tensor in tensors.items():
+            tensor.data = own[name]

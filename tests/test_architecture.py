@@ -18,7 +18,7 @@ LAYERS = [
     ["kernels"],
     ["methods", "rewards", "objectives"],
     ["located", "composed", "blame", "schema", "recipe", "storage", "lock"],
-    ["base", "data", "fuse", "head", "scores", "seq2seq", "policy", "layout", "formats"],
+    ["base", "data", "fuse", "head", "scores", "seq2seq", "routing", "policy", "layout", "formats"],
     [
         "model",
         "adapter",

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from peftctl import policy
+from peftctl import policy, surgery
 from peftctl.errors import FormatError, InputError, TargetError
 from peftctl.methods.adalora import METHOD, AdaloraConfig
 from peftctl.methods.adalora.budget import Schedule
@@ -90,7 +90,7 @@ def test_a_frozen_copy_is_not_pruned_with_the_policy() -> None:
     before, copy = contract.answer(model, attachment), policy.frozen_copy(attachment)
     scrambled(attachment, 0)
     attachment.after_backward(7, 10)
-    with policy.swapped(attachment.moving(), copy):
+    with surgery.swapped(attachment.moving(), copy):
         assert torch.equal(contract.answer(model, attachment), before)
     assert not all(delta.keep.all() for delta in attachment.deltas)
 
