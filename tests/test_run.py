@@ -31,6 +31,30 @@ def test_the_same_recipe_twice_gives_the_same_bits(method: str, tmp_path: Path) 
     assert results[0]["proof"]["max_difference"] == 0
 
 
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.fault(46)
+def test_what_other_runs_have_kept_changes_no_bit(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of one epoch keeps nothing, and finds nothing that a longer one kept about the same rows."""
+    monkeypatch.setenv("PEFTCTL_CACHE", str(tmp_path / "cache"))
+    start = runs.document("lora", objective, method={"layers": [1]}, train={"max_steps": 1})
+    runs.train(tmp_path / "start", start)
+    upper = {"layers": [1], "init_from": str(tmp_path / "start")}  # a reference that is not the base's
+    base = {"name": str(tmp_path / "start" / "base")}
+    short, long = (
+        runs.document(
+            "lora", objective, model=base, method=upper, train={"max_steps": steps, "gradient_accumulation": 1}
+        )
+        for steps in (3, 8)
+    )
+    for name, contents in (("one", short), ("longer", long), ("two", short)):
+        runs.train(tmp_path / name, contents)
+    assert {path.name for path in (tmp_path / "cache").iterdir()} & {"frozen", "references"}
+    assert runs.untimed(tmp_path / "one") == runs.untimed(tmp_path / "two")
+    assert runs.bits(tmp_path / "one") == runs.bits(tmp_path / "two")
+
+
 @pytest.mark.parametrize("layout", ["shared", "joined", "padded"])
 @pytest.mark.parametrize("objective", ["sft", "dpo", "orpo", "kto"])
 @pytest.mark.fault(45)
