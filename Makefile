@@ -2,13 +2,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz demo demo-data bench-speed conformance wheel clean
+.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz audit demo demo-data bench-speed conformance wheel clean
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 ADAPTERHUB := .venv-adapters
+AUDIT := .venv-audit
 # one thread a worker: two workers of two threads on two cores only wait for each other
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
@@ -61,6 +62,13 @@ soak: venv ## Kill runs at random and compare what comes of them; ARGS="--trials
 fuzz: venv ## Feed the readers of files what strangers may write; ARGS="--minutes 5"
 	$(SINGLE) $(OFFLINE) $(BIN)/python -m tests.faults.fuzz $(ARGS)
 
+audit: venv $(AUDIT)/bin/pip-audit ## Ask for holes that are known in the installed packages
+	$(BIN)/python tests/faults/audit.py $(AUDIT)/bin/pip-audit
+
+$(AUDIT)/bin/pip-audit:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet 'pip-audit>=2.7'
+
 demo-data: venv ## Fetch the demo's base model and dialogues into .cache
 	$(BIN)/python tests/demo/fetch.py
 
@@ -77,5 +85,5 @@ wheel: venv ## Build the wheel into dist
 	$(BIN)/python -m build --wheel
 
 clean: ## Remove what the other targets made, but the downloads and the runs
-	rm -rf $(VENV) $(ADAPTERHUB) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ADAPTERHUB) $(AUDIT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
