@@ -20,6 +20,7 @@ SMALL = ["config.json", "generation_config.json", "tokenizer*", "*.jinja", "voca
 Need = Literal["config", "tokenizer", "weights"]  # what is asked of a base; each includes the one before it
 FILES: dict[Need, list[str]] = {"config": ["config.json"], "tokenizer": SMALL, "weights": SMALL + WEIGHTS}
 SAMPLE = 1 << 20  # bytes at either end of a weight file
+MOST_PARTS = 4096  # layers or experts that a config may ask for; more would be built for hours
 # what makes a model more than text: refused by name, as no method here knows where to sit in it
 OTHER_SENSES = {"vision_config": "a vision-language", "audio_config": "an audio", "speech_config": "a speech"}
 
@@ -204,6 +205,9 @@ def _judge(base: Base, trust_remote_code: bool) -> None:
         raise ModelError(f"{base.config} has no model_type, so it is no Hugging Face config")
     if not trust_remote_code and _brings_code(settings):
         raise ModelError(f"{base.name} brings its own code: read it, then pass --trust-remote-code if you trust it")
+    for key, value in settings.items():
+        if isinstance(value, int) and value > MOST_PARTS and ("layer" in key or "expert" in key):
+            raise ModelError(f"{base.config} says {key} {value:,}: more than {MOST_PARTS:,} are not served")
     for key, sense in OTHER_SENSES.items():
         if key in settings:
             raise ModelError(f"{base.name} is {sense} model ({settings['model_type']}): only text models are served")

@@ -117,7 +117,6 @@ def _dtype(name: str, device: str) -> torch.dtype | str:
 
 
 def _config(base: Base, trust_remote_code: bool) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     settings = base.settings()
@@ -128,7 +127,7 @@ def _config(base: Base, trust_remote_code: bool) -> Any:
         if trust_remote_code and base.weights is not None:
             return AutoConfig.from_pretrained(base.weights, trust_remote_code=True, **names)
         return AutoConfig.for_model(**settings)
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:  # a stranger's config: transformers can fail on it in any way
         said = " ".join(str(error).split())
         raise ModelError(f"{base.name}: transformers {version('transformers')} cannot use its config: {said}") from None
 
@@ -151,7 +150,7 @@ def _from_config(base: Base, trust_remote_code: bool) -> Any:
     config = _config(base, trust_remote_code)
     try:
         return _marked(_auto(base).from_config(config, trust_remote_code=trust_remote_code), base)
-    except ValueError as error:
+    except Exception as error:  # as above
         raise ModelError(f"{base.name} ({config.model_type}) cannot be built: {_line(error, base)}") from None
 
 
@@ -195,7 +194,11 @@ def empty(base: Base, *, trust_remote_code: bool = False) -> Any:
 def _meta(base: Base, trust_remote_code: bool) -> Skeleton:
     from peftctl.surgery import skeleton as table_of
 
-    return table_of(empty(base, trust_remote_code=trust_remote_code))
+    model = empty(base, trust_remote_code=trust_remote_code)
+    try:
+        return table_of(model)
+    except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
+        raise ModelError(f"{base.name}: its config has a value that is none: {_line(error, base)}") from None
 
 
 def _random(base: Base, dtype: torch.dtype | str, seed: int) -> Any:

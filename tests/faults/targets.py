@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import strategies as st
 
 from peftctl import base as bases
@@ -173,6 +174,14 @@ def _index(data: bytes, folder: Path) -> None:
     shards.shards(folder)
 
 
+def _base(data: bytes, folder: Path) -> None:
+    path = folder / "model.json"
+    path.write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFTCTL_CACHE", str(folder / "cache"))
+        models.skeleton(bases.resolve(str(path), need="config"))
+
+
 def _configs() -> st.SearchStrategy[bytes]:
     adapter = _run() / "adapter"
     peft_keys = ["modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "target_parameters", "bias"]
@@ -196,6 +205,10 @@ def _lines() -> st.SearchStrategy[bytes]:
     return st.one_of(some, inputs.spliced([b"\n".join(file.splitlines()[:2]) for file in files]))
 
 
+def _tiny() -> list[Path]:
+    return sorted((runs.CONFIGS / "models").glob("tiny-*.json"))
+
+
 INDEX = {"metadata": {"total_size": 0}, "weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
 TARGETS: dict[str, Target] = {
     "recipe": Target(st.deferred(lambda: inputs.spliced(_files("recipes/s*.yaml"))), _recipe),
@@ -204,6 +217,7 @@ TARGETS: dict[str, Target] = {
     "rows": Target(st.deferred(_lines), _rows),
     "template": Target(inputs.TEMPLATES, _template),
     "adapter": Target(st.deferred(_configs), _adapter),
+    "base": Target(st.deferred(lambda: inputs.documents([_json(path) for path in _tiny()]).map(inputs.encoded)), _base),
     "tokenizer": Target(
         st.deferred(
             lambda: inputs.documents([_json(runs.CONFIGS / "tokenizer" / "tokenizer_config.json")]).map(inputs.encoded)
