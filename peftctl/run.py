@@ -63,6 +63,7 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         random_base = planned.base.weights is None
         planned = _with_weights(planned, folder)
         training = load(planned, folder, state, options)
+        _exactness(next(training.policy.model.parameters()).device.type, shown.notice)
         batches = batches_of(planned, training.policy, world, {} if state is None else state.facts)
         kept = _kept(planned, training, batches, folder, shown.notice)
         folder.record(planned, training.policy.layout, _choices(training, kept), random_base)
@@ -117,6 +118,12 @@ def _origin(folder: RunFolder, state: State | None, options: Options) -> str | N
     if state is None:
         return None
     return options.resume_from or str(checkpoint.folder(folder.path, state.progress.step))
+
+
+def _exactness(device: str, notice: Callable[[str], None]) -> None:
+    """The CPU's kernels add in one order; some of an accelerator's add in that in which they get ready."""
+    if device != "cpu":
+        notice(f"on {device} some kernels are not deterministic: the last bits may differ from run to run")
 
 
 def _same_threads(before: int | None, notice: Callable[[str], None]) -> None:

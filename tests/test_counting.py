@@ -161,6 +161,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize(("keys", "said"), REFUSED, ids=[json.dumps(keys) for keys, _ in REFUSED])
 @pytest.mark.parametrize("command", ["count-params", "train"])
 def test_what_cannot_be_attached_is_refused_before_weights_are_read(

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from peftctl import opened
+from peftctl import opened, run
 from peftctl.batch import build
 from peftctl.errors import InputError
 from peftctl.row import Row
@@ -29,6 +29,14 @@ def test_the_same_recipe_twice_gives_the_same_bits(method: str, tmp_path: Path) 
     one, two = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     assert results[0]["proof"]["max_difference"] == 0
+
+
+@pytest.mark.parametrize(("device", "told"), [("cpu", []), ("cuda", ["on cuda some kernels are not deterministic"])])
+@pytest.mark.fault(46)
+def test_who_cannot_promise_equal_bits_says_so(device: str, told: list[str]) -> None:
+    said: list[str] = []
+    run._exactness(device, said.append)
+    assert [text.partition(":")[0] for text in said] == told
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
