@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz audit demo demo-data bench-speed conformance wheel clean
+.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz fuzz-guided audit demo demo-data bench-speed conformance wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -61,6 +61,9 @@ soak: venv ## Kill runs at random and compare what comes of them; ARGS="--trials
 
 fuzz: venv ## Feed the readers of files what strangers may write; ARGS="--minutes 5"
 	$(SINGLE) $(OFFLINE) $(BIN)/python -m tests.faults.fuzz $(ARGS)
+
+fuzz-guided: venv ## The same for one reader, led by the code it reaches; needs pip install atheris; ARGS="rows 300"
+	$(SINGLE) $(OFFLINE) $(BIN)/python -m tests.faults.guided $(ARGS)
 
 audit: venv $(AUDIT)/bin/pip-audit ## Ask for holes that are known in the installed packages
 	$(BIN)/python tests/faults/audit.py $(AUDIT)/bin/pip-audit

@@ -251,7 +251,10 @@ def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_bytes().decode("utf-8")
+        try:
+            return (folder / TEMPLATE).read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{folder / TEMPLATE} is not UTF-8 at byte {error.start}") from None
     value = config.get("chat_template")
     if isinstance(value, list):  # several by name, as older files have them
         named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}

@@ -26,7 +26,7 @@ from peftctl import objectives, recipe
 from peftctl.data.chat import Chat
 from peftctl.data.dataset import load
 from peftctl.errors import PeftctlError
-from peftctl.formats import peft, shards
+from peftctl.formats import origin, peft, shards
 from peftctl.row import Message
 from peftctl.skeleton import Skeleton
 from tests import runs
@@ -143,8 +143,9 @@ def _rows(data: bytes, folder: Path) -> None:
 
 
 def _template(data: bytes, folder: Path) -> None:
-    source = data.decode("utf-8", "surrogatepass")
-    chat = Chat(runs.CONFIGS / "tokenizer", template=source)
+    shutil.copytree(runs.CONFIGS / "tokenizer", folder / "tokenizer")
+    (folder / "tokenizer" / "chat_template.jinja").write_bytes(data)
+    chat = Chat(folder / "tokenizer")
     messages = [Message("user", "How many legs?"), Message("assistant", "Eight.")]
     chat.dialogue(messages)
     chat.render_prompt(messages[:1])
@@ -157,7 +158,7 @@ def _adapter(data: bytes, folder: Path) -> None:
     (folder / "adapter" / name).write_bytes(data[1:])
     if data[:1] == b"p":
         (folder / "adapter" / peft.OURS).unlink()
-    peft.base_of(folder / "adapter")
+    origin.base_of(folder / "adapter")
     peft.read(folder / "adapter", _skeleton())
 
 
