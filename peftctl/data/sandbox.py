@@ -123,7 +123,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         @wraps(one)
         def filtered(*args: Any, **kwargs: Any) -> Any:
             if name in PASSED_BY:
-                self.spend(sum(_size(value) or 0 for value in args))
+                parts = [abs(value) for value in (*args[1:], *kwargs.values()) if isinstance(value, int)]
+                self.room(max(parts, default=0))  # of a slice, or items of a batch that are filled in
+                self.spend(sum(_size(value) or 0 for value in args) + sum(parts))
             else:
                 args = _listed(args)
                 values = (*args, *kwargs.values())
