@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from peftctl.kernels.matrix import Matrix
 
 Head = Callable[[Tensor], Tensor]  # (n, hidden) -> (n, vocabulary)
-CHUNK = 1 << 22  # logits held at once, 16 MiB of fp32: larger buffers cost fresh pages each time
+# logits held at once, 30 MB of fp32: few chunks stream the head's matrix seldom, but what is larger than 32 MiB costs
+# fresh pages each time
+CHUNK = 7_500_000
 
 
 class FrozenHead(NamedTuple):
@@ -43,7 +45,8 @@ def token_stats(
     Correct is a target that no other token is likelier than. `frozen`: the head once more, if nothing in it is trained.
     With `mean` also, (L,), the mean log-probability of all tokens of the vocabulary in the target's place.
     """
-    size = max(1, CHUNK // vocabulary)
+    chunks = -(-len(targets) // max(1, CHUNK // vocabulary))
+    size = max(1, -(-len(targets) // max(1, chunks)))  # of like size
     if frozen is None:
         return plain_token_stats(hidden, targets, head, size, mean)
     found: tuple[Tensor, ...] = _Frozen.apply(hidden, targets, frozen, size, mean)  # type: ignore[no-untyped-call]
