@@ -28,6 +28,9 @@ class Row(NamedTuple):
     source: int = 0  # of an encoder-decoder: its first tokens, as many, are the encoder's, the others its decoder's
     extra: Mapping[str, Any] = NOTHING  # what else its objective must know of it, as plain JSON
 
+    def __hash__(self) -> int:
+        return hash((self.ids, self.role, self.source))  # `extra` has no hash of its own before Python 3.12
+
     @property
     def reach(self) -> int:
         """How many positions it takes up; of an encoder-decoder, on the longer side."""
