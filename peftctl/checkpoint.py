@@ -1,7 +1,8 @@
 """Checkpoints of a run, at optimizer steps only: whole, verified, exact to the bit, of tensors and JSON alone.
 
-runs/NAME/checkpoints/step-000100/ holds adapter, optimizer, rng (and reference, where it is a frozen copy) as
-safetensors, state.json with the progress, and manifest.json, written last. torch is imported where tensors are touched.
+runs/NAME/checkpoints/step-000100/ holds adapter, optimizer and rng (where there are such, also the frozen reference and
+the best adapter) as safetensors, state.json with the progress, and manifest.json, written last. torch is imported where
+tensors are touched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from peftctl.formats import shards
 if TYPE_CHECKING:
     from torch import Tensor
 
-TENSORS = ("adapter", "optimizer", "rng", "reference")  # each a safetensors file; no reference, no such file
+TENSORS = ("adapter", "optimizer", "rng", "reference", "best")  # each a safetensors file, of the last two if there
 REQUIRED = ("adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
@@ -44,6 +45,7 @@ class State:
     rng: Mapping[str, Tensor]
     reference: Mapping[str, Tensor] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    best: Mapping[str, Tensor] | None = None  # the adapter at the best evaluation, where it is kept
 
 
 def folder(run_folder: Path, step: int) -> Path:
@@ -79,7 +81,7 @@ def load(path: Path) -> State:
     """A checkpoint, verified before anything of it is opened. Raises FormatError."""
     manifest = verify(path)
     document = _read_json(path / "state.json")
-    reference = path / "reference.safetensors"
+    reference, best = path / "reference.safetensors", path / "best.safetensors"
     return State(
         progress=document["progress"],
         adapter=_read(path / "adapter.safetensors"),
@@ -88,6 +90,7 @@ def load(path: Path) -> State:
         rng=_read(path / "rng.safetensors"),
         reference=_read(reference) if reference.name in manifest.files else None,
         facts=document["facts"],
+        best=_read(best) if best.name in manifest.files else None,
     )
 
 

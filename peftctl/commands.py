@@ -44,13 +44,14 @@ def validate(path: Path, overrides: Sequence[str], smoke: bool, show: int, quiet
     from peftctl import functions, objectives
     from peftctl.data.dataset import prepare
     from peftctl.data.shown import show as print_rows
-    from peftctl.plan import base_and_chat, fit
+    from peftctl.plan import asked, base_and_chat, fit
     from peftctl.waiting import tokenising
 
     wanted = recipes.load(path, overrides, smoke)
     objective = objectives.get(wanted.objective.name)
     functions.checked(objective.code(wanted.objective))
     base, chat = base_and_chat(wanted, with_weights=False)
+    wanted, base = asked(wanted, base)
     vocabulary = base.vocabulary
     with tokenising(quiet) as shown:
         data = prepare(wanted, chat, objective, vocabulary, shown)

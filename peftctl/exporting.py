@@ -40,6 +40,10 @@ def export(
         raise InputError(f"{adapter} is a model, not an adapter: there is nothing to export")
     if found.base.rows is not None and to != "peft":
         raise InputError(f"--to {to}: it has no place for the tokens that were added; {_instead(found)}")
+    if found.skeleton.added and to != "peft":
+        raise InputError(
+            f"--to {to}: its form has no place for a head of {found.skeleton.architecture}; {_headed(found)}"
+        )
     try:
         notes = WRITERS[to](found, output, server, name)
     except OSError as error:
@@ -68,6 +72,11 @@ def _to_peft(found: Found, output: Path, server: str | None, name: str) -> list[
     with written_aside(output) as folder:
         peft.write(folder, adapter.method, adapter.config, found.skeleton, adapter.tensors, found.base)
     return vllm.notes(keys) if server else []
+
+
+def _headed(found: Found) -> str:
+    assert found.adapter is not None
+    return "use --to peft" if found.adapter.method.exchange is not None else "measure it with peftctl eval"
 
 
 def _instead(found: Found) -> str:

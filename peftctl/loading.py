@@ -22,6 +22,7 @@ from peftctl.routing import balance_of
 from peftctl.run_folder import RunFolder
 from peftctl.schema import TrainConfig
 from peftctl.surgery import without_dropout
+from peftctl.watch import Watch, watch_of
 
 
 class Training(NamedTuple):
@@ -33,6 +34,7 @@ class Training(NamedTuple):
     reference: Reference | None
     optimizer: torch.optim.Optimizer
     progress: Progress
+    watch: Watch | None  # of the evaluations, where the recipe asks for it
 
 
 @unswept()
@@ -74,7 +76,10 @@ def load(planned: Plan, folder: RunFolder, state: State | None, options: Options
     random.seed(settings.seed)  # what some models drop whole layers by
     progress = Progress() if state is None else _restore(attachment, optimizer, state)
     policy.train()
-    return Training(policy, attachment, start, reference, optimizer, progress)
+    watch = watch_of(settings, attachment.tensors)
+    if watch is not None and state is not None:
+        watch.restore(state.facts, state.best)
+    return Training(policy, attachment, start, reference, optimizer, progress, watch)
 
 
 def _packed(settings: TrainConfig, model: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,10 +16,14 @@ from peftctl.counting import Counts, count
 from peftctl.data.added import extended
 from peftctl.data.chat import Chat
 from peftctl.data.dataset import Prepared, prepare
+from peftctl.data.formats import recognise
+from peftctl.data.mixing import wanted
 from peftctl.data.sides import chat_of
+from peftctl.data.sources import read
 from peftctl.data.templates import chosen
 from peftctl.errors import DataError, InputError, ModelError, several
 from peftctl.recipe import shared_folder
+from peftctl.row import Example
 from peftctl.schema import ModelConfig, Recipe
 from peftctl.skeleton import EXPERTS, NewRows, Skeleton
 from peftctl.task import Task
@@ -97,8 +101,25 @@ def _code(recipe: Recipe, options: Options) -> dict[str, str]:
 def asked(recipe: Recipe, base: bases.Base) -> tuple[Recipe, bases.Base]:
     """The recipe with what its data decides filled in, and the base with the head that it asks for. DataError."""
     objective = objectives.get(recipe.objective.name)
+    if objective.settle is not None and not objective.labels(recipe.objective):
+        examples = _examples(recipe, objective.kinds)
+        if examples is not None:
+            settled = objective.settle(recipe.objective, examples)
+            recipe = recipe.model_copy(update={"objective": settled})
     labels = objective.labels(recipe.objective)
     return recipe, base._replace(task=Task(objective.task, labels)) if labels else base
+
+
+def _examples(recipe: Recipe, kinds: Collection[str]) -> list[Example] | None:
+    """All examples of the training sources; None where they are no such rows, of which the data's check says more."""
+    data, examples = recipe.data, list[Example]()
+    for one in wanted(data.train):
+        columns = data.columns if one.columns is None else one.columns
+        found = recognise(read(one.path), one.format or data.format, columns, kinds)
+        if found.kind not in kinds or (found.faults and data.on_bad_row != "skip"):
+            return None
+        examples += found.examples
+    return examples
 
 
 def fit(data: Prepared, base: bases.Base, recipe: Recipe) -> int | None:

@@ -263,6 +263,10 @@ def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
         yield at("train.warmup", f"{train.warmup:g} is neither a fraction nor a number of steps")
     if train and train.compile:
         yield at("train.compile", "is not served: leave it false")
+    for key in ("early_stopping", "keep_best"):
+        if train and data and getattr(train, key) and (data.validation is None or train.eval_every is None):
+            lacking = "data.validation" if data.validation is None else "train.eval_every"
+            yield at(f"train.{key}", f"has no evaluations to compare: set {lacking}")
     if train and data and train.eval_every is not None and data.validation is None:
         yield at("train.eval_every", "has nothing to evaluate: set data.validation")
     yield from _sources(data, objective, at)

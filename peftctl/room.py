@@ -35,11 +35,11 @@ def check(planned: Plan, folder: Path, notice: Callable[[str], None]) -> None:
 
 
 def sizes(planned: Plan) -> tuple[int, int]:
-    """Bytes of the adapter and of one checkpoint: trained parameters in fp32, moments, and a frozen reference."""
+    """Bytes of the adapter and of one checkpoint: trained parameters in fp32, moments, a frozen reference, the best."""
     recipe = planned.recipe
     adapter = 4 * planned.counts.trainable
     frozen = objectives.get(recipe.objective.name).reference(recipe.objective) == "initial"
-    return adapter, adapter * (1 + REMEMBERED[recipe.train.optimizer] + frozen)
+    return adapter, adapter * (1 + REMEMBERED[recipe.train.optimizer] + frozen + recipe.train.keep_best)
 
 
 def _at_once(planned: Plan) -> int:

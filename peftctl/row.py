@@ -71,10 +71,11 @@ class Example(NamedTuple):
     weight 0. `text`: completion alone. `preference`: messages as the prompt, and the two answers, each one or more
     messages (or, with prompt_text, plain texts). `unpaired`: as messages that end with an answer, or as completion,
     and whether the answer is a desirable one. `prompt`: messages or prompt_text, and perhaps as completion the answer
-    that would be right.
+    that would be right. `labelled`: one or two texts and an answer, a label or a number as text. `tagged`: words and as
+    many answers, "" for none.
     """
 
-    kind: str  # "messages", "completion", "text", "preference", "unpaired", "prompt"
+    kind: str  # "messages", "completion", "text", "preference", "unpaired", "prompt", "labelled", "tagged"
     place: str  # file:line, for errors
     messages: tuple[Message, ...] = ()
     prompt_text: str = ""
@@ -82,6 +83,8 @@ class Example(NamedTuple):
     chosen: tuple[Message, ...] | str = ()
     rejected: tuple[Message, ...] | str = ()
     label: bool = False
+    texts: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
     tools: tuple[Any, ...] = ()  # what the assistant may call, as a chat template is shown it
 
 
@@ -95,4 +98,6 @@ FORMATS = {
     "preference": "preference",
     "unpaired": "unpaired",
     "prompt": "prompt",
+    "labelled": "labelled",
+    "tagged": "tagged",
 }

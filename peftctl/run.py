@@ -35,6 +35,7 @@ from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
 from peftctl.schema import Recipe
 from peftctl.trainer import Job, Question
 from peftctl.trainer import train as loop
+from peftctl.watch import back_to_best
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any]:
@@ -79,11 +80,12 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
             save = partial(_save, folder, training, batches, lines, recipe.train.keep)
             job = _job(planned, training, batches, stop, world, tee(lines, shown), save)
             progress, shares = _followed(folder, job, training.progress, options.profile, shown.notice)
+        best = back_to_best(training.watch, training.attachment, progress.step < planned.steps, shown.notice)
         written = _write(planned, folder, training)
         proof = prove(training.policy, training.start, planned, written) if options.verify else None
         merged = _merged(folder, written, shown.notice) if random_base else None
     events = {event["event"]: event for event in read(log)}  # the last of each kind
-    result = _result(folder, written, progress, events, proof, merged, time.perf_counter() - begun)
+    result = _result(folder, written, progress, events, proof, merged, time.perf_counter() - begun) | best
     return folder.finish(result if shares is None else result | {"profile": shares})
 
 
@@ -267,6 +269,7 @@ def _job(
         save_every=settings.save_every,
         world=world,
         begin=partial(world.seed, settings.seed),
+        watch=training.watch,
     )
 
 
@@ -275,6 +278,7 @@ def _save(
 ) -> None:
     tensors, facts = optim.state(training.optimizer, training.attachment.trainable())
     reference = training.reference.initial if training.reference is not None else None
+    watched, best = ({}, None) if training.watch is None else training.watch.state()
     state = State(
         progress=progress,
         adapter=training.attachment.tensors(),
@@ -282,7 +286,8 @@ def _save(
         optimizer_facts=facts,
         rng=checkpoint.random_state(),
         reference=reference,
-        facts=batches.state() if isinstance(batches, Rollouts) else {},
+        facts=(batches.state() if isinstance(batches, Rollouts) else {}) | watched,
+        best=best,
     )
     log.sync()  # a checkpoint whose steps the log lacks could not be gone on from
     checkpoint.save(folder.path, state)

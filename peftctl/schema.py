@@ -143,6 +143,14 @@ class TrainConfig(Block):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of the adapter's start, the data's order and dropout")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; there is one at the end anyway")
+    early_stopping: int | None = Field(
+        None, ge=1, description="evaluations in a row without a better one after which the run ends"
+    )
+    keep_best: bool = Field(False, description="the adapter is that of the best evaluation, not of the last step")
+    best_by: str = Field("loss", min_length=1, description="the metric on held-out rows that tells what is better")
+    best_is: Literal["auto", "lowest", "highest"] = Field(
+        "auto", description="of that metric; auto: the lowest loss or error, else the highest"
+    )
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; there is one at the end anyway")
     keep: int = Field(2, ge=1, description="checkpoints kept")
     gradient_checkpointing: bool = Field(

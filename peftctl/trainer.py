@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, takewhile
-from operator import itemgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,9 @@ from peftctl.batch import Batch
 from peftctl.checkpoint import Progress
 from peftctl.distributed import ALONE, World
 from peftctl.errors import DataError, Stopped, TrainingError
+from peftctl.gathered import Predictions, average, gathered, sums, total
 from peftctl.objectives.base import Answers, Loss, Objective
+from peftctl.watch import Watch
 
 Event = dict[str, Any]
 
@@ -50,6 +51,13 @@ class Question:
 
     def loss(self, batch: Batch) -> Loss:
         return self.objective.loss(self.policy, self.reference, batch, self.config, *self.shared)
+
+    def judged(self, predictions: Sequence[Predictions]) -> dict[str, float]:
+        """What is measured on all predictions of several micro-batches together."""
+        said, true = (list(chain.from_iterable(parts)) for parts in zip(*predictions, strict=True))
+        if self.objective.judge is None or not said:
+            return {}
+        return dict(self.objective.judge(torch.tensor(said), torch.tensor(true)))
 
     def about(self, batches: Iterable[Batch], device: torch.device | str) -> Question:
         """The question put to these batches as a whole: what an example's loss must know of the others is found."""
@@ -81,9 +89,14 @@ class Job:
     save_every: int | None = None
     world: World = ALONE
     begin: Callable[[int], None] = lambda step: None  # before each step
+    watch: Watch | None = None  # of the evaluations, which may end the run
 
     def finished(self, progress: Progress) -> bool:
-        return progress.step >= self.steps or (self.max_seconds is not None and progress.seconds >= self.max_seconds)
+        late = self.max_seconds is not None and progress.seconds >= self.max_seconds
+        return progress.step >= self.steps or self.enough() or late
+
+    def enough(self) -> bool:
+        return self.watch is not None and self.watch.enough()
 
 
 def train(job: Job, progress: Progress) -> Progress:
@@ -130,6 +143,9 @@ def _between(job: Job, progress: Progress, saved: bool = False) -> None:
         saved = True
     if last or _due(progress.step, job.eval_every):
         _validate(job, progress.step)
+        if not saved and job.enough():
+            job.save(progress)
+            saved = True
     number = job.world.first(job.stop())
     if number is not None:
         if not saved:
@@ -148,6 +164,8 @@ def _validate(job: Job, step: int) -> None:
     if found is not None:
         named = {f"validation_{name}": value for name, value in found.items()}
         job.emit({"event": "evaluation", "step": step, **named, "seconds": time.perf_counter() - begun})
+        if job.watch is not None:
+            job.watch(step, found)
 
 
 def evaluate(
@@ -173,11 +191,11 @@ def evaluate(
                 losses[place] = question.loss(batch.to(device))
     if world.first(stop()) is not None or not tokens:
         return None
-    told = _told(losses, world)
+    told = gathered(losses, world)
     if not told:
         raise DataError("no token of the validation rows is a label, so they have no loss; see data.validation")
-    own = {"loss": _total(told, _sums(totals)), "tokens": tokens}
-    return own | _average(told) | own
+    own = {"loss": total(told, sums(totals)), "tokens": tokens}
+    return own | average(told) | question.judged([one.predictions for one in told]) | own
 
 
 def _backward(
@@ -185,7 +203,7 @@ def _backward(
 ) -> tuple[float, dict[str, float]]:
     """Gradients of one optimizer step, each term divided once by its weight over all micro-batches."""
     weights = [question.weights(batch) for batch in batches]
-    totals = _sums(weights)
+    totals = sums(weights)
     if not any(totals):
         raise DataError(f"step {step}: none of its examples ({_examples(batches)}) has a label to learn from")
     question = question.about(batches, device)
@@ -197,58 +215,13 @@ def _backward(
         shares = [t.coefficient * t.sum / total for t, total in zip(loss.terms, totals, strict=True) if total]
         torch.stack(shares).sum().backward()  # type: ignore[no-untyped-call]
         losses[place] = _detached(loss)
-    told = _told(losses, world)  # at the end, for to read a number makes a GPU wait
-    return _total(told, totals), _average(told)
-
-
-class Told(NamedTuple):
-    """What a micro-batch's loss came to: each term's coefficient and sum, each metric's sum and count."""
-
-    terms: list[tuple[float, float]]
-    metrics: dict[str, tuple[float, float]]
-
-
-def _told(losses: Mapping[int, Loss], world: World) -> list[Told]:
-    """The losses of all processes, in the order of the micro-batches."""
-    own = [
-        (
-            place,
-            [(term.coefficient, float(term.sum)) for term in loss.terms],
-            {name: (float(s), float(n)) for name, (s, n) in loss.metrics.items()},
-        )
-        for place, loss in losses.items()
-    ]
-    return [Told(*rest) for _, *rest in sorted(chain.from_iterable(world.gather(own)), key=itemgetter(0))]
-
-
-def _sums(weights: Sequence[tuple[float, ...]]) -> list[float]:
-    """Per term, its weight over all micro-batches."""
-    return [sum(column) for column in zip(*weights, strict=True)]
+    told = gathered(losses, world)  # at the end, for to read a number makes a GPU wait
+    return total(told, totals), average(told)
 
 
 def _detached(loss: Loss) -> Loss:
     terms = tuple(term._replace(sum=term.sum.detach()) for term in loss.terms)
     return Loss(terms, {name: (s.detach(), n.detach()) for name, (s, n) in loss.metrics.items()})
-
-
-def _total(told: Sequence[Told], totals: Sequence[float]) -> float:
-    """The loss over micro-batches: each term's sum by its total weight; a term that weighs nothing is left out."""
-    value = 0.0
-    for terms, total in zip(zip(*(one.terms for one in told), strict=True), totals, strict=True):
-        value += terms[0][0] * sum(own for _, own in terms) / total if total else 0.0
-    return value
-
-
-def _average(told: Sequence[Told]) -> dict[str, float]:
-    """Metrics over micro-batches, by (sum, count); one that counted nothing is left out."""
-    names = dict.fromkeys(name for one in told for name in one.metrics)
-    found = {}
-    for name in names:
-        pairs = [one.metrics[name] for one in told if name in one.metrics]
-        count = sum(n for _, n in pairs)
-        if count:
-            found[name] = sum(s for s, _ in pairs) / count
-    return found
 
 
 def _clip(parameters: Mapping[str, nn.Parameter], largest: float | None) -> float:

@@ -18,7 +18,8 @@ from peftctl.plan import Options
 from peftctl.schema import Recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-DATA = {"messages": "messages.jsonl", "preference": "preference.jsonl", "unpaired": "unpaired.jsonl"}
+KINDS = ("messages", "preference", "unpaired", "labelled", "tagged")
+DATA = {kind: f"{kind}.jsonl" for kind in KINDS}
 # what an objective needs to be told
 ASKED: dict[str, dict[str, Any]] = {
     "grpo": {"rewards": [{"name": "length", "characters": 30}], "group_size": 3, "max_new_tokens": 6}
@@ -125,4 +126,5 @@ def bits(output: Path) -> dict[str, bytes]:
 
 
 def names() -> tuple[str, ...]:
-    return tuple(methods.names())
+    """The methods that need no head of a task."""
+    return tuple(name for name in methods.names() if name != "head")

@@ -17,6 +17,8 @@ from peftctl.adapter import attach
 from peftctl.base import Base, resolve
 from peftctl.batch import Batch, build
 from peftctl.counting import count
+from peftctl.errors import InputError
+from peftctl.exporting import export
 from peftctl.formats.peft import write
 from peftctl.formats.shards import shards
 from peftctl.merging import merge
@@ -269,3 +271,13 @@ def test_a_bare_trunk_gets_its_head(folder: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     for ours, expected in zip(alone(model), alone(policy.model), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["gguf", "adapterhub"])
+def test_a_form_without_a_place_for_a_head_is_refused(to: str, folder: Path, tmp_path: Path) -> None:
+    base = base_of(folder, "llama", ROWS)
+    policy, attachment, config = loaded(base)
+    written(policy, attachment, config, base, tmp_path / "adapter")
+    with pytest.raises(InputError, match=rf"--to {to}: its form has no place for a head of Llama.*; use --to peft"):
+        export(str(tmp_path / "adapter"), tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()

@@ -95,9 +95,41 @@ class Chat:
             ids = (*ids, self.eos)
         return ids, (1.0,) * len(ids)
 
+    def texts(self, first: str, second: str | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of a text, or of a pair, with the special tokens that the tokenizer puts around and between them; and
+        which of the two each token belongs to, nothing where it is all one. Texts between which nothing would stand
+        are parted by a line break.
+        """
+        whole = self.tokenizer.encode(first, second, add_special_tokens=True)
+        if second is None:
+            return self._opened(tuple(whole.ids)), ()
+        if len(whole.ids) <= len(self._ids(first)) + len(self._ids(second)) + len(self.opening):
+            return self.texts(f"{first}\n{second}")
+        return tuple(whole.ids), tuple(whole.type_ids) if any(whole.type_ids) else ()
+
+    def words(self, words: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of words with spaces between them, special tokens around them, and the index of each word's first token.
+
+        Raises DataError for a word without a token.
+        """
+        whole = self.tokenizer.encode(" ".join(words), add_special_tokens=True)
+        real = [i for i, (start, end) in enumerate(whole.offsets) if end > start]
+        places, start, at = list[int](), 0, 0
+        for number, word in enumerate(words, 1):
+            end = start + len(word)
+            while at < len(real) and whole.offsets[real[at]][1] <= start:
+                at += 1
+            if at == len(real) or whole.offsets[real[at]][0] >= end:
+                raise DataError(f"token {number}, {word!r}, is nothing to the tokenizer")
+            places.append(real[at])
+            start, at = end + 1, at + 1
+        return tuple(whole.ids), tuple(places)
+
     def prompt(self, text: str) -> tuple[int, ...]:
         """Ids of a plain prompt: with what the tokenizer opens a text with (BOS), once."""
-        ids = self._ids(text)
+        return self._opened(self._ids(text))
+
+    def _opened(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         return ids if ids[: len(self.opening)] == self.opening else (*self.opening, *ids)
 
     def render_prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> tuple[int, ...]:

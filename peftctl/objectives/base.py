@@ -39,10 +39,14 @@ class Term(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """`metrics` are (sum, count), so that micro-batches and ranks average right."""
+    """`metrics` are (sum, count), so that micro-batches and ranks average right.
+
+    `predictions`: what was said and what is true, (n,) each, for metrics that no sum gives.
+    """
 
     terms: tuple[Term, ...]
     metrics: dict[str, tuple[Tensor, Tensor]]
+    predictions: tuple[Tensor, Tensor] | None = None
 
 
 class TokenStats(NamedTuple):
@@ -106,6 +110,12 @@ class Encoder(Protocol):
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of some ids; with `special`, special tokens are written out."""
 
+    def texts(self, first: str, second: str | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of a text or a pair, and which of a pair's texts each token belongs to, nothing where it is all one."""
+
+    def words(self, words: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of words with spaces between them, and the index of each word's first token."""
+
     def completion(self, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Ids and label weights of plain prompt and answer, the end-of-text token after the answer included."""
 
@@ -142,6 +152,9 @@ class Objective(Generic[C]):
     pair: Callable[[Sequence[tuple[Row, ...]], Sequence[int]], tuple[tuple[Row, ...], ...]] | None = None
     shared: Callable[[Answers, Answers | None, Iterable[Batch], C], Mapping[str, Tensor]] | None = None
     task: str = "causal-lm"  # what model.task must be
+    # fills in what a recipe leaves to its training examples
+    settle: Callable[[C, Sequence[Example]], C] | None = None
+    judge: Callable[[Tensor, Tensor], Mapping[str, float]] | None = None  # metrics of all predictions together
     labels: Callable[[C], tuple[str, ...]] = lambda config: ()  # the names of the head's outputs
     # the keys of a config that a head with these labels was trained by; None where it cannot have been
     measures: Callable[[tuple[str, ...]], Mapping[str, Any] | None] = lambda labels: None

@@ -58,6 +58,7 @@ GOLDEN = [
     ("kto", "unpaired", {"messages": [ASKED, SAT, ASKED, MAT], "label": False},
      [f"{USER}cat?{END}\n{SAYS}sat{END}\n{USER}cat?{END}\n{SAYS}[[mat{END}]]\n"]),
     ("kto", "unpaired", {"prompt": "the cat", "completion": " sat", "label": True}, ["the cat[[ sat<|eos|>]]"]),
+    ("regression", "labelled", {"text": "the cat", "label": 2.5}, ["the ca[[t]]"]),
 ]  # fmt: skip
 
 
@@ -76,7 +77,8 @@ def test_row_in_labelled_tokens_out(chat, objective, name, row, expected):
 
 
 def test_every_format_is_among_them():
-    assert {name for _, name, _, _ in GOLDEN} >= set(FORMATS)
+    elsewhere = {"tagged"}  # it needs labels: test_labelled_rows.py
+    assert {name for _, name, _, _ in GOLDEN} >= set(FORMATS) - elsewhere
 
 
 TURNS = f"{USER}cat?{END}\n{SAYS}sat{END}\n{USER}cat?{END}\n{SAYS}mat{END}\n"

@@ -22,6 +22,7 @@ THE_CORE = ("opt", "gpt_neox", "qwen3", "gemma", "mistral", "phi3", "bert", "t5"
 # what a method refuses with its defaults, by name and with a sentence
 REFUSED = {
     "bitfit": {"llama", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "mixtral", "qwen3_moe", "phi3", "mpt", "t5"},
+    "head": set(NAMES),  # they have no head of a task
     "ia3": {"mixtral", "qwen3_moe"},
     "p-tuning": {"t5", "bart"},
     "prompt": {"t5", "bart"},

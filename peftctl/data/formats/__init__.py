@@ -8,15 +8,15 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from peftctl.data.formats import dialogues, judged, pairs, prompts, texts
+from peftctl.data.formats import dialogues, judged, labelled, pairs, prompts, texts
 from peftctl.data.formats.format import Format
 from peftctl.data.formats.values import listed
 from peftctl.data.sources import Cells, Fault, Json, Source, spelled
 from peftctl.errors import DataError, suggest
 from peftctl.row import Example
 
-FAMILIES = (dialogues.FORMATS, texts.FORMATS, pairs.FORMATS, judged.FORMATS, prompts.FORMATS)
-FORMATS: dict[str, Format] = {f.name: f for family in FAMILIES for f in family}
+MODULES = (dialogues, texts, pairs, judged, prompts, labelled)
+FORMATS: dict[str, Format] = {f.name: f for module in MODULES for f in module.FORMATS}
 COLUMNS = tuple(dict.fromkeys(chain.from_iterable(f.read for f in FORMATS.values())))
 DESCRIBED = {
     kind: " or ".join(f.described for f in FORMATS.values() if f.kind == kind)

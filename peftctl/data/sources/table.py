@@ -18,7 +18,7 @@ from peftctl.data.sources.records import START, Cells, Json, Mark, Record
 from peftctl.errors import DataError
 
 TEXTS_OR_MESSAGES = ("prompt", "completion", "chosen", "rejected")
-LISTS = ("messages", "conversations", "history")
+LISTS = ("messages", "conversations", "history", "tokens", "tags")
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
