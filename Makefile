@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz fuzz-guided audit demo demo-data bench-speed conformance wheel clean
+.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz fuzz-guided audit demo demo-data topics-data bench-topics bench-speed conformance wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -77,6 +77,12 @@ demo-data: venv ## Fetch the demo's base model and dialogues into .cache
 
 demo: demo-data ## The whole job on a real model: count, train, evaluate, merge, generate
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(OFFLINE) tests/demo/demo.sh
+
+topics-data: venv ## Fetch a real encoder and turns with their topics into .cache
+	$(BIN)/python -m tests.demo.topics
+
+bench-topics: topics-data ## Compare methods at telling topics: accuracy and parameters; ARGS="--choose", see tests/benchmarks/topics.py
+	$(SINGLE) $(OFFLINE) $(BIN)/python -m tests.benchmarks.topics $(ARGS)
 
 bench-speed: demo-data ## Measure the speed against TRL + peft; ARGS="--list" and others, see tests/benchmarks/speed.py
 	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
