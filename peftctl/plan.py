@@ -114,6 +114,8 @@ def _examples(recipe: Recipe, kinds: Collection[str]) -> list[Example] | None:
     """All examples of the training sources; None where they are no such rows, of which the data's check says more."""
     data, examples = recipe.data, list[Example]()
     for one in wanted(data.train):
+        if one.path is None:
+            raise DataError(f"objective.labels: name the labels of {one.hub}; only files are searched for them")
         columns = data.columns if one.columns is None else one.columns
         found = recognise(read(one.path), one.format or data.format, columns, kinds)
         if found.kind not in kinds or (found.faults and data.on_bad_row != "skip"):

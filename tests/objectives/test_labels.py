@@ -261,3 +261,10 @@ def test_labels_of_several_sources_come_together(tmp_path: Path) -> None:
     )
     assert planned.recipe.objective.model_dump()["labels"] == ["one0", "one1", "two0", "two1"]
     assert planned.counts.saved_modules == 4 * planned.skeleton.dimensions.hidden
+
+
+def test_labels_of_a_data_set_on_a_hub_must_be_named(tmp_path: Path) -> None:
+    data = {"train": {"hub": "some/set"}, "validation": None}
+    recipe = runs.loaded(tmp_path / "run", document("classification", data=data, train={"eval_every": None}))
+    with pytest.raises(DataError, match=r"objective\.labels: name the labels of some/set"):
+        plan(recipe, Options())
