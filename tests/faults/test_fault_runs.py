@@ -319,6 +319,20 @@ def test_a_loss_that_came_down_to_0_has_learnt_all_there_is() -> None:
 
 
 @pytest.mark.fault(44)
+def test_a_loss_that_cancels_to_0_and_has_a_slope_is_no_standstill() -> None:
+    """Advantages of two answers, say: plus and minus as much."""
+    parameter = torch.zeros(1)
+    watch, flat = guards.Standstill({"p": parameter}), guards.Standstill({"p": parameter})
+    for step in range(1, 200):
+        parameter += 1
+        watch.check(step, 0.0, 0.1, norm=0.5)
+    with pytest.raises(TrainingError, match="no label depends"):
+        for step in range(1, 200):
+            parameter += 1
+            flat.check(step, 0.0, 0.1)
+
+
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
 def test_the_last_bit_of_one_number_is_a_change(dtype: torch.dtype) -> None:
     tensor = torch.arange(1000).remainder(100).to(dtype)
