@@ -20,6 +20,7 @@ from peftctl.kernels.mlp import gated, slope_of
 from peftctl.kernels.norm import rms_norm
 from peftctl.methods.attachment import Attachment, Delta
 from peftctl.seq2seq import call
+from peftctl.skeleton import block_of
 from peftctl.surgery import device_of, head_path, kind_of
 
 
@@ -213,10 +214,11 @@ def _sharing_input(model: Any, attachment: Attachment) -> list[list[tuple[str, n
         for handle in handles:
             handle.remove()
     calls = [id(module) for _, module, _ in seen]
-    groups: dict[int, list[tuple[str, nn.Module]]] = {}
+    groups: dict[tuple[int, str], list[tuple[str, nn.Module]]] = {}
     for path, module, x in seen:  # `seen` keeps every input alive, so no two share an address
         if calls.count(id(module)) == 1:
-            groups.setdefault(id(x), []).append((path, module))
+            # a decoder's blocks all read the encoder's answer, but each must be able to be recomputed by itself
+            groups.setdefault((id(x), block_of(path)), []).append((path, module))
     return list(groups.values())
 
 

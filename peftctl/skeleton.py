@@ -152,9 +152,15 @@ def experts(skeleton: Skeleton) -> tuple[Module, ...]:
     )
 
 
+def block_of(path: str) -> str:
+    """The path of the layer that a path lies in, up to its first integer component; empty outside the layers."""
+    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", path)
+    return found.group() if found else ""
+
+
 def covered(skeleton: Skeleton, paths: Iterable[str]) -> str:
     """How many of all layers lie some of these modules in, to read: "2 of 12 layers"."""
-    blocks = {found.group() for path in paths if (found := re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", path))}
+    blocks = {block_of(path) for path in paths} - {""}
     return f"{len(blocks)} of {skeleton.dimensions.layers + skeleton.dimensions.encoder_layers} layers"
 
 
