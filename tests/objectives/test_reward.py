@@ -125,7 +125,8 @@ def test_a_file_is_scored_row_by_row(output: Path, tmp_path: Path) -> None:
     assert found["mean_score"] == pytest.approx((sum(chosen) + sum(rejected)) / (2 * len(chosen)), rel=1e-5)
     assert lines[2]["place"].endswith("preference.jsonl:2") and "perplexity" not in found
     with pytest.raises(
-        DataError, match="holds messages; a sequence-classification of 1 labels is measured on preference"
+        DataError,
+        match=r"holds messages.*; a sequence-classification of 1 labels is measured on labelled texts .* or preference",
     ):
         evaluate(thing, runs.CONFIGS / "data" / "messages.jsonl", 1024)
 
