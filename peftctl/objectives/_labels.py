@@ -72,10 +72,11 @@ def quality(predicted: Tensor, true: Tensor) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     said, right = predicted.numpy(), true.numpy()
+    one = len({*predicted.tolist(), *true.tolist()}) == 1  # nothing that could agree or not
     return {
         "accuracy": float(accuracy_score(right, said)),
         "f1_macro": float(f1_score(right, said, average="macro", zero_division=0.0)),
-        "matthews": float(matthews_corrcoef(right, said)),
+        "matthews": 0.0 if one else float(matthews_corrcoef(right, said)),
     }
 
 

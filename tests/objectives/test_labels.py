@@ -77,7 +77,6 @@ def test_token_labels_weigh_the_same_in_rows_of_any_length() -> None:
     assert [float(x) for x in found.metrics["accuracy"]] == [1, 3]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of labels that are all one
 def test_metrics_by_hand() -> None:
     said, true = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 0])
     found = quality(said, true)
