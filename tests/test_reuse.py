@@ -75,8 +75,8 @@ def attentions() -> Iterator[list[int]]:
     calls: list[int] = []
     tokens = Policy.tokens
 
-    def asking(self: Policy, batch: Any) -> Any:
-        answer = tokens(self, batch)
+    def asking(self: Policy, batch: Any, *wanted: Any, **more: Any) -> Any:
+        answer = tokens(self, batch, *wanted, **more)
         calls.append(self.attention_calls)
         return answer
 

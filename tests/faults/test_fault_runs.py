@@ -286,17 +286,17 @@ def constant(value: float) -> Callable[..., Loss]:
 
 
 @pytest.mark.fault(44)
-@pytest.mark.parametrize("value", [2.0, 0.0])
-def test_a_loss_that_never_changes_stops_the_run(value: float, seen: Seen) -> None:
+def test_a_loss_that_never_changes_stops_the_run(seen: Seen) -> None:
+    """Not of 0: a sum that cancels, as grpo's, is 0 with a slope. Without one no parameter changes."""
     run = toy()
 
     def stir(step: int, total: int) -> None:
         assert run.policy.head.bias.grad is not None
         run.policy.head.bias.grad.add_(1)  # something moves, but not by the loss
 
-    question = replace(run.job.question, objective=replace(SFT, loss=constant(value)))
+    question = replace(run.job.question, objective=replace(SFT, loss=constant(2.0)))
     run.job = replace(run.job, question=question, after_backward=stir)
-    with pytest.raises(TrainingError, match=rf"the loss was exactly {value:g} for 50 steps .*no label depends") as e:
+    with pytest.raises(TrainingError, match=r"the loss was exactly 2 for 50 steps .*no label depends") as e:
         run.train()
     seen(e)
 

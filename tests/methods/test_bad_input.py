@@ -36,7 +36,8 @@ def wrong(name: str) -> Iterator[dict[str, Any]]:
 @pytest.mark.fault(31)
 @pytest.mark.parametrize("name", methods.names())
 def test_is_one_line_and_nothing_is_made(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    contents = runs.document(name)
+    asked = {"model": {"task": "sequence-classification"}} if name == "head" else {}
+    contents = runs.document(name, "classification" if asked else "sft", **asked)
     for keys in wrong(name):
         contents["method"] = {"name": name, **({"add_missing": True} if name == "bitfit" else {}), **keys}
         path = runs.written(tmp_path / "run", contents)

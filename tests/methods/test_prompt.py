@@ -25,11 +25,11 @@ from peftctl.row import Row
 from peftctl.surgery import skeleton
 from tests import runs
 from tests.methods import contract, oracle
-from tests.models import ENCODERS, NAMES, tiny
+from tests.models import ENCODERS, NAMES, SEQ2SEQ, tiny
 from tests.runs import CONFIGS
 
 TOKENS = 5
-SERVED = [name for name in NAMES if name != "t5"]
+SERVED = [name for name in NAMES if name not in SEQ2SEQ]
 
 
 def prompt(**keys: Any) -> PromptConfig:

@@ -111,7 +111,10 @@ def test_pairs_need_not_be_neighbours():
 def test_encodes_a_pair_of_either_form():
     class Encoder:
         def dialogue(self, messages, trained, tools=()):
-            return tuple(len(m.content) for m in messages), (0.0, float(trained == "last"))
+            return tuple(len(m.content) for m in messages), (
+                0.0,
+                float(trained == "assistant" and not messages[0].weight),
+            )
 
         def completion(self, prompt, answer):
             return (len(prompt), len(answer)), (0.0, 1.0)

@@ -20,7 +20,8 @@ every = pytest.mark.parametrize("name", PAIRED)
 
 class Encoder:
     def dialogue(self, messages, trained, tools=()):
-        return tuple(len(m.content) for m in messages), tuple(float(m.weight is None) for m in messages)
+        learnt = messages[-1:] if trained == "last" else [m for m in messages if m.weight is None]
+        return tuple(len(m.content) for m in messages), tuple(float(m in learnt) for m in messages)
 
     def completion(self, prompt, answer):
         return (len(prompt), len(answer)), (0.0, 1.0)
