@@ -14,6 +14,8 @@ AUDIT := .venv-audit
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 WORKERS ?= 2
+# slow tests that compute on a real model, and so take every core by themselves
+REAL := tests/test_real.py tests/objectives/test_miniature.py
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,7 +53,8 @@ unit: venv ## Run the tests alone
 test: format-check lint types unit ## What CI runs: format, lint, types, tests
 
 test-all: test demo adapterhub-venv ## Also the slow tests on real models, the README's commands and the demo
-	$(OFFLINE) $(BIN)/pytest -n 0 -m slow
+	$(SINGLE) $(OFFLINE) $(BIN)/pytest -n $(WORKERS) -m slow $(REAL:%=--ignore %)
+	$(OFFLINE) $(BIN)/pytest -n 0 -m slow $(REAL)
 
 faults: venv ## Cause every fault there is a test for, and print what was seen
 	$(SINGLE) $(OFFLINE) $(BIN)/python -m tests.faults
