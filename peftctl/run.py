@@ -13,27 +13,24 @@ from typing import Any
 import torch
 
 from peftctl import base as bases
-from peftctl import checkpoint, lock, methods, objectives, optim, remembered, reuse, room, signals
+from peftctl import checkpoint, jobs, lock, methods, room, signals
 from peftctl import model as models
 from peftctl.checkpoint import Progress, State
-from peftctl.data.batches import Batches
 from peftctl.distributed import World, joined, local_rank
 from peftctl.errors import Stopped, Unfoldable
 from peftctl.feeding import batches_of
 from peftctl.formats import peft
 from peftctl.loading import Training, load
 from peftctl.merging import merge
-from peftctl.penalty import balanced, penalised
 from peftctl.plan import Options, Plan, plan, without_tokens
 from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
 from peftctl.remembered import Remembered
-from peftctl.report import Log, Sink, display, read, tee, truncate
+from peftctl.report import Log, display, read, tee, truncate
 from peftctl.reuse import Reuse
-from peftctl.rollouts import Rollouts
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
 from peftctl.schema import Recipe
-from peftctl.trainer import Job, Question
+from peftctl.trainer import Job
 from peftctl.trainer import train as loop
 from peftctl.watch import back_to_best
 
@@ -66,7 +63,7 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         training = load(planned, folder, state, options)
         _exactness(next(training.policy.model.parameters()).device.type, shown.notice)
         batches = batches_of(planned, training.policy, world, {} if state is None else state.facts)
-        kept = _kept(planned, training, batches, folder, shown.notice)
+        kept = jobs.kept(planned, training, batches, folder, shown.notice)
         folder.record(planned, training.policy.layout, _choices(training, kept), random_base)
         filled = [one for one in kept if one.fill(stop, shown.notice)]
         if len(filled) < len(kept):
@@ -77,8 +74,8 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         with Log(log) as lines, ExitStack() as serving:
             for one in filled:
                 serving.enter_context(one.served())
-            save = partial(_save, folder, training, batches, lines, recipe.train.keep)
-            job = _job(planned, training, batches, stop, world, tee(lines, shown), save)
+            save = partial(jobs.save, folder, training, batches, lines, recipe.train.keep)
+            job = jobs.job(planned, training, batches, stop, world, tee(lines, shown), save)
             progress, shares = _followed(folder, job, training.progress, options.profile, shown.notice)
         best = back_to_best(training.watch, training.attachment, progress.step < planned.steps, shown.notice)
         written = _write(planned, folder, training)
@@ -104,10 +101,10 @@ def _follow(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     with signals.caught() as stop, ExitStack() as serving:
         training = load(planned, folder, state, options)
         batches = batches_of(planned, training.policy, world, {} if state is None else state.facts)
-        for one in _kept(planned, training, batches, folder, _ignore):
+        for one in jobs.kept(planned, training, batches, folder, _ignore):
             if one.fill(stop, _ignore):
                 serving.enter_context(one.served())
-        loop(_job(planned, training, batches, stop, world, _ignore, _ignore), training.progress)
+        loop(jobs.job(planned, training, batches, stop, world, _ignore, _ignore), training.progress)
     return {}
 
 
@@ -217,81 +214,6 @@ def _result(
         "proof": proof._asdict() if proof is not None else None,
         "merged": merged,
     }
-
-
-def _kept(
-    planned: Plan, training: Training, batches: Batches | Rollouts, folder: RunFolder, notice: Callable[[str], None]
-) -> list[Reuse | Remembered]:
-    """What is computed once and kept: the reference's log-probabilities, what the frozen blocks answer."""
-    if isinstance(batches, Rollouts):
-        return []  # no row comes twice
-    settings, found = planned.recipe.train, list[Reuse | Remembered | None]()
-    steps, base, fused = planned.steps, planned.base, settings.fuse
-    if planned.data.stream is not None:
-        return []  # nobody knows all rows
-    if settings.cache_reference and training.reference is not None:
-        chosen = folder.choice("remembered_reference")
-        reference = training.reference
-        found.append(remembered.plan(reference, batches, steps, base, fused=fused, chosen=chosen, notice=notice))
-    if settings.cache_frozen:
-        blocks = folder.choice("frozen_blocks")
-        found.append(reuse.plan(training.policy, batches, steps, base, fused=fused, chosen=blocks, notice=notice))
-    return [one for one in found if one is not None]
-
-
-def _job(
-    planned: Plan,
-    training: Training,
-    batches: Batches | Rollouts,
-    stop: Callable[[], int | None],
-    world: World,
-    emit: Sink,
-    save: Callable[[Progress], None],
-) -> Job:
-    recipe, settings = planned.recipe, planned.recipe.train
-    objective = penalised(objectives.get(recipe.objective.name), training.attachment)
-    objective = balanced(objective, training.policy)
-    return Job(
-        question=Question(objective, recipe.objective, training.policy, training.reference),
-        batches=batches,
-        parameters=training.attachment.trainable(),
-        optimizer=training.optimizer,
-        lr=settings.learning_rate,
-        schedule=lambda step: optim.schedule(settings.schedule, step, planned.steps, planned.warmup_steps),
-        steps=planned.steps,
-        emit=emit,
-        save=save,
-        stop=stop,
-        after_backward=training.attachment.after_backward,
-        max_grad_norm=settings.max_grad_norm,
-        max_seconds=None if settings.max_time is None else 60 * settings.max_time,
-        eval_every=settings.eval_every,
-        save_every=settings.save_every,
-        world=world,
-        begin=partial(world.seed, settings.seed),
-        watch=training.watch,
-    )
-
-
-def _save(
-    folder: RunFolder, training: Training, batches: Batches | Rollouts, log: Log, keep: int, progress: Progress
-) -> None:
-    tensors, facts = optim.state(training.optimizer, training.attachment.trainable())
-    reference = training.reference.initial if training.reference is not None else None
-    watched, best = ({}, None) if training.watch is None else training.watch.state()
-    state = State(
-        progress=progress,
-        adapter=training.attachment.tensors(),
-        optimizer=tensors,
-        optimizer_facts=facts,
-        rng=checkpoint.random_state(),
-        reference=reference,
-        facts=(batches.state() if isinstance(batches, Rollouts) else {}) | watched,
-        best=best,
-    )
-    log.sync()  # a checkpoint whose steps the log lacks could not be gone on from
-    checkpoint.save(folder.path, state)
-    checkpoint.rotate(folder.path, keep)
 
 
 def _write(planned: Plan, folder: RunFolder, training: Training) -> Path:

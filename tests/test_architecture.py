@@ -47,6 +47,7 @@ LAYERS = [
         "evaluation",
         "scored",
         "exporting",
+        "jobs",
         "kept",
         "loading",
         "remembered",
