@@ -1,11 +1,14 @@
-"""Python's collector of cycles set to rest while much is made that is no garbage."""
+"""Importing large libraries: Python's collector of cycles rests meanwhile, and its generator stays where it was."""
 
 from __future__ import annotations
 
 import gc
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 
 @contextmanager
@@ -35,3 +38,12 @@ def importing() -> Iterator[None]:
             yield
         finally:
             gc.freeze()
+
+
+def undrawn(name: str) -> Any:
+    """A module, imported without a draw from Python's generator: a run must not depend on when that happens."""
+    state = random.getstate()
+    try:
+        return import_module(name)
+    finally:
+        random.setstate(state)

@@ -38,3 +38,17 @@ assert not gc.isenabled()
 
 def test_whoever_switched_the_collector_off_keeps_it_off() -> None:
     subprocess.run([sys.executable, "-c", OFF], check=True)
+
+
+DRAWN = """
+import random
+from peftctl.imports import undrawn
+random.seed(0)
+state = random.getstate()
+assert undrawn("sklearn.metrics").accuracy_score and state == random.getstate()
+"""
+
+
+def test_an_import_draws_nothing() -> None:
+    """scikit-learn's does by itself: the first evaluation of a run would move what comes after it."""
+    subprocess.run([sys.executable, "-c", DRAWN], check=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from pydantic import Field, field_validator
 
 from peftctl.errors import DataError, suggest
+from peftctl.imports import undrawn
 from peftctl.objectives.base import Encoder, ObjectiveConfig
 from peftctl.row import Example, Row, judged
 
@@ -69,22 +70,23 @@ def row(example: Example, encoder: Encoder, target: float) -> tuple[Row, ...]:
 
 def quality(predicted: Tensor, true: Tensor) -> dict[str, float]:
     """Of labels by index, (n,) each: accuracy, F1 averaged over the labels that occur, Matthews' correlation."""
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
+    metrics = undrawn("sklearn.metrics")
     said, right = predicted.numpy(), true.numpy()
     one = len({*predicted.tolist(), *true.tolist()}) == 1  # nothing that could agree or not
     return {
-        "accuracy": float(accuracy_score(right, said)),
-        "f1_macro": float(f1_score(right, said, average="macro", zero_division=0.0)),
-        "matthews": 0.0 if one else float(matthews_corrcoef(right, said)),
+        "accuracy": float(metrics.accuracy_score(right, said)),
+        "f1_macro": float(metrics.f1_score(right, said, average="macro", zero_division=0.0)),
+        "matthews": 0.0 if one else float(metrics.matthews_corrcoef(right, said)),
     }
 
 
 def agreement(predicted: Tensor, true: Tensor) -> dict[str, float]:
     """Of numbers, (n,) each: Pearson's and Spearman's correlation; 0 where all numbers are one."""
-    from scipy.stats import pearsonr, spearmanr
-
+    stats = undrawn("scipy.stats")
     if len(true) < 2 or min(float(values.max() - values.min()) for values in (predicted, true)) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
     said, right = predicted.double().numpy(), true.double().numpy()
-    return {"pearson": float(pearsonr(said, right).statistic), "spearman": float(spearmanr(said, right).statistic)}
+    return {
+        "pearson": float(stats.pearsonr(said, right).statistic),
+        "spearman": float(stats.spearmanr(said, right).statistic),
+    }

@@ -61,8 +61,11 @@ def test_every_objective_goes_on_as_if_never_stopped(objective: str, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.fault(1, 2)
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method, objective",
+    # a task's head alone needs an objective that asks for one
+    [(m, o) for m in METHODS for o in OBJECTIVES if m != "head" or objectives.get(o).task != "causal-lm"],
+)
 def test_every_method_under_every_objective_goes_on_as_if_never_stopped(
     method: str, objective: str, style: str, tmp_path: Path
 ) -> None:
