@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftctl import cli, optim, profile, report, run
+from peftctl import cli, jobs, optim, profile, report, run
 from peftctl.data.batches import Batches
 from peftctl.errors import Stopped
 from peftctl.plan import Options
@@ -100,7 +100,7 @@ def test_what_is_slow_is_told(
 
 def test_only_steps_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clocks: list[profile.Clock]) -> None:
     """The parts add up to the steps' own seconds, however long evaluations, checkpoints and the log take."""
-    for place, name in ((Batches, "evaluation"), (run, "_save"), (report.Log, "__call__")):
+    for place, name in ((Batches, "evaluation"), (jobs, "save"), (report.Log, "__call__")):
         monkeypatch.setattr(place, name, slowed(getattr(place, name)))
     shares(tmp_path / "run", runs.document(train={"save_every": 1, "eval_every": 1}))
     steps = [event["seconds"] for event in runs.events(tmp_path / "run") if event["event"] == "step"]
