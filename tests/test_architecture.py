@@ -41,6 +41,7 @@ LAYERS = [
     ["states", "frozen"],
     ["trainer"],
     [
+        "named",
         "plan",
         "room",
         "run_folder",
