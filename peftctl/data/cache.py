@@ -34,16 +34,16 @@ Loaded = tuple[Dataset, Report]
 
 
 class Made(NamedTuple):
-    """What was encoded: tables of examples whose bytes lie elsewhere. `prefixes`: how places begin, by part."""
+    """What was encoded: tables of examples whose bytes lie elsewhere. `stems`: how places begin, by part."""
 
     packed: Packed
     report: Report
-    prefixes: tuple[str, ...]
+    stems: tuple[str, ...]
     fingerprint: str
 
     def loaded(self, read: Read) -> Loaded:
         places = self.packed.places
-        lazy = Lazy(len(places), lambda index: place(self.prefixes, places[index]))
+        lazy = Lazy(len(places), lambda index: place(self.stems, places[index]))
         return Dataset(self.report.name, self.packed.examples(read), lazy, self.fingerprint), self.report
 
 
@@ -63,7 +63,7 @@ def key(
         return None  # whoever reads it next says what is wrong
     rest = [
         *(sys.byteorder, __version__, version("tokenizers"), version("jinja2"), _code(objective)),
-        *([part.prefix for part in parts], tokenizer(), objective.name, config.model_dump(mode="json"), *options),
+        *([part.stem for part in parts], tokenizer(), objective.name, config.model_dump(mode="json"), *options),
     ]
     return f"{content}-{hashlib.sha256(json.dumps(rest).encode()).hexdigest()}"
 
@@ -110,7 +110,7 @@ def _written(path: Path, make: Make) -> Loaded:
             made = make(write)
             tables = [table.tobytes() for table in made.packed.tables]
             report = made.report._asdict()
-            head = [made.packed.roles, list(map(len, tables)), report, made.prefixes, made.fingerprint]
+            head = [made.packed.roles, list(map(len, tables)), report, made.stems, made.fingerprint]
             document = json.dumps(head).encode()
             for part in (*tables, document, len(document).to_bytes(LENGTH, "little")):
                 write(part)
@@ -136,12 +136,12 @@ def _opened(path: Path) -> Loaded:
         file.seek(size - LENGTH)
         length = int.from_bytes(file.read(LENGTH), "little")
         file.seek(size - LENGTH - length)
-        roles, lengths, report, prefixes, content = json.loads(file.read(length))
+        roles, lengths, report, stems, content = json.loads(file.read(length))
         file.seek(size - LENGTH - length - sum(lengths))
         packed = Packed(roles, tables_of(lengths, file.read))
     lists = {name: tuple(report[name]) for name in ("unused", "histogram")}
     lists["faults"] = tuple(Fault(*fault) for fault in report["faults"])
-    return Made(packed, Report(**report | lists), tuple(prefixes), content).loaded(reading(path))
+    return Made(packed, Report(**report | lists), tuple(stems), content).loaded(reading(path))
 
 
 def _prune(folder: Path) -> None:

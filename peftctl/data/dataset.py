@@ -173,7 +173,7 @@ def _encoded(
     head = reading.head()
     job = _job(name, head, chat, objective, config, format, columns, max_length, truncate, vocabulary)
     packed, report = _gathered(job, reading, head, on_bad_row, write, progress)
-    return Made(packed, report, tuple(part.prefix for part in parts), fingerprint(parts))
+    return Made(packed, report, tuple(part.stem for part in parts), fingerprint(parts))
 
 
 def _job(
@@ -219,8 +219,8 @@ def _gathered(
         counts.update(chunk.counts)
         seen |= dict.fromkeys(chunk.columns)
         progress(name, counts["read"], reading.expected())
-    prefixes = [part.prefix for part in reading.parts]
-    listed = tuple(Fault(place(prefixes, code), reason) for code, reason in faults)
+    stems = [part.stem for part in reading.parts]
+    listed = tuple(Fault(place(stems, code), reason) for code, reason in faults)
     if counts["refused"] and (on_bad_row != "skip" or counts["refused"] == counts["read"]):
         raise DataError(_refusal(name, listed, counts["refused"], counts["read"], on_bad_row))
     figures: dict[str, Any] = preflight.lengths(packed.tokens)._asdict() | {key: counts[key] for key in COUNTED}
@@ -253,7 +253,7 @@ def _streamed(
     job = _job(name, head, chat, objective, config, format, columns, data.max_length, data.truncate, vocabulary)
     packed, report = _gathered(job, reading, head, data.on_bad_row, content.extend, silent)
     stream = Stream(name, parts, job, recipe.train.seed, data.shuffle_buffer, data.on_bad_row == "skip")
-    made = Made(packed, report, tuple(part.prefix for part in parts), stream.fingerprint)
+    made = Made(packed, report, tuple(part.stem for part in parts), stream.fingerprint)
     return made.loaded(lambda start, end: bytes(memoryview(content)[start:end]))[0], report, stream
 
 

@@ -37,7 +37,7 @@ class Stream:
     def __init__(self, name: str, parts: Sequence[Part], job: Job, seed: int, window: int, skip: bool) -> None:
         self.name = name
         self.parts = parts
-        self.prefixes = [part.prefix for part in parts]
+        self.stems = [part.stem for part in parts]
         self.job = job
         self.seed = seed
         self.window = window
@@ -60,14 +60,14 @@ class Stream:
                 [rows], _ = pieces(self.job, row)
             except DataError as error:
                 refused += 1
-                told = place(self.prefixes, where)
+                told = place(self.stems, where)
                 if not self.skip:
                     raise DataError(f"{told}: {error}; data.on_bad_row: skip leaves such rows out") from None
                 if refused == self.marks.rows:
                     raise DataError(f"{self.name}: no row can be used; one is {told}: {error}") from None
                 continue
             found.append(numbered(rows, len(found)))
-            places.append(place(self.prefixes, where))
+            places.append(place(self.stems, where))
             refused = 0
         return Dataset(self.name, tuple(found), tuple(places), self.fingerprint), position
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from peftctl.data.chat import Chat
+
 TEMPLATES = Path(__file__).parent / "templates"
 SPECIAL = ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|stop|>", "<|turn|>"]
 SPECIAL += ["<|user|>", "<|system|>", "<|assistant|>"]
@@ -71,3 +73,9 @@ def metaspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         TEXT, trainers.BpeTrainer(vocab_size=80, special_tokens=["<unk>", *SPECIAL], show_progress=False)
     )
     return write(tmp_path_factory.mktemp("metaspace"), model, "plain")
+
+
+@pytest.fixture(scope="session")
+def chat(made: Maker) -> Chat:
+    """The usual one; a module that needs another has its own."""
+    return Chat(made("chatml"))

@@ -22,11 +22,6 @@ SFT, DPO = get("sft"), get("dpo")
 PLAIN, PAIRS = SFT.config(name="sft"), DPO.config(name="dpo")
 
 
-@pytest.fixture(scope="module")
-def chat(made):
-    return Chat(made("chatml"))
-
-
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -18,11 +18,6 @@ SFT, DPO, KTO = get("sft"), get("dpo"), get("kto")
 PLAIN, PAIRS, JUDGED = SFT.config(name="sft"), DPO.config(name="dpo"), KTO.config(name="kto")
 
 
-@pytest.fixture(scope="module")
-def chat(made):
-    return Chat(made("chatml"))
-
-
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftctl.data.batches import Batches
-from peftctl.data.chat import Chat
 from peftctl.data.dataset import prepare
 from peftctl.data.encoded import Dataset
 from peftctl.data.mixing import held_out, joined
@@ -22,11 +21,6 @@ from peftctl.schema import DataConfig
 from tests.data.test_dataset import recipe, talk, write
 
 SFT = get("sft")
-
-
-@pytest.fixture(scope="module")
-def chat(made):
-    return Chat(made("chatml"))
 
 
 @pytest.fixture(autouse=True)

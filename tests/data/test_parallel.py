@@ -15,7 +15,6 @@ import pytest
 
 from peftctl import waiting
 from peftctl.data import parallel, reading
-from peftctl.data.chat import Chat
 from peftctl.data.dataset import load
 from peftctl.data.encoded import Dataset
 from peftctl.data.encoding import chunk_of, encode
@@ -24,11 +23,6 @@ from peftctl.row import Row
 
 SFT, DPO = get("sft"), get("dpo")
 PLAIN, PAIRS = SFT.config(name="sft"), DPO.config(name="dpo")
-
-
-@pytest.fixture(scope="module")
-def chat(made):
-    return Chat(made("chatml"))
 
 
 @pytest.fixture(autouse=True)

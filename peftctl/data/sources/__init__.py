@@ -54,7 +54,7 @@ def read(path: str | Path, limit: int | None = None) -> Source:
     rows: list[tuple[str, Json]] = []
     faults: list[Fault] = []
     for number, record in islice(records(parts), limit):
-        where = f"{parts[number].prefix}{record.line}"
+        where = f"{parts[number].stem}{record.line}"
         rows.append((where, record.row)) if isinstance(record.row, dict) else faults.append(Fault(where, record.row))
     if not rows and not faults:
         raise empty(name)
@@ -79,9 +79,9 @@ def code(part: int, line: int) -> int:
     return part << LINE | line
 
 
-def place(prefixes: Sequence[str], code: int) -> str:
-    """The place of a row whose part has one of these prefixes."""
-    return f"{prefixes[code >> LINE]}{code & (1 << LINE) - 1}"
+def place(stems: Sequence[str], code: int) -> str:
+    """The place of a row whose part has one of these stems."""
+    return f"{stems[code >> LINE]}{code & (1 << LINE) - 1}"
 
 
 def empty(name: str) -> DataError:

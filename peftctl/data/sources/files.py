@@ -33,7 +33,7 @@ class File(NamedTuple):
     name: str
 
     @property
-    def prefix(self) -> str:
+    def stem(self) -> str:
         return f"{self.name}:{'row ' if kind(self.path) == '.parquet' else ''}"
 
     def records(self, start: Mark = START) -> Iterator[Record]:

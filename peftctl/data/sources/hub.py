@@ -36,7 +36,7 @@ class Hub:
         self.revision = revision
 
     @property
-    def prefix(self) -> str:
+    def stem(self) -> str:
         return f"{self.name}:{self.split}:row "
 
     def records(self, start: Mark = START) -> Iterator[Record]:

@@ -36,7 +36,7 @@ class Part(Protocol):
     """A file, or what is like one. All of it raises DataError where it cannot be read."""
 
     @property
-    def prefix(self) -> str:
+    def stem(self) -> str:
         """How the places of its rows begin; their line follows."""
 
     def records(self, start: Mark = START) -> Iterator[Record]:
