@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 from yaml.reader import ReaderError
 
-from peftctl.errors import Problem, RecipeError
+from peftctl.errors import Problem, RecipeError, suggest
 
 LARGEST = 1 << 20  # bytes of a recipe
 DEEPEST = 20
@@ -72,13 +72,21 @@ def read(path: Path, shown: str, also: list[Problem] | None = None) -> Node:
             )
         text = content.decode("utf-8")
     except OSError as error:
-        raise RecipeError([Place(shown).problem(f"cannot be read: {error.strerror}")]) from None
+        raise RecipeError([Place(shown).problem(f"cannot be read: {error.strerror}{_near(path)}")]) from None
     except UnicodeDecodeError as error:
         raise RecipeError([Place(shown).problem(f"is not UTF-8 at byte {error.start}")]) from None
     node = parse(text, shown, also)
     if not isinstance(node.value, dict):
         raise RecipeError([node.place.problem("a recipe is a mapping of keys to values, this is not")])
     return node
+
+
+def _near(path: Path) -> str:
+    """The file beside it that may be meant, where it is not there."""
+    try:
+        return "" if path.exists() else suggest(path.name, (one.name for one in path.parent.iterdir()))
+    except OSError:
+        return ""
 
 
 def parse(text: str, file: str, also: list[Problem] | None = None) -> Node:

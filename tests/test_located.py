@@ -95,6 +95,11 @@ def test_files_that_are_no_recipes_are_refused_by_name(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(RecipeError, match=r"^r.yaml: cannot be read: No such file or directory$"):
         located.read(path, "r.yaml")
+    path.with_name("smoke.yaml").touch()
+    with pytest.raises(
+        RecipeError, match=r"^s.yml: cannot be read: No such file or directory; did you mean smoke.yaml"
+    ):
+        located.read(path.with_name("smoke.yml"), "s.yml")
 
 
 @pytest.mark.parametrize(
