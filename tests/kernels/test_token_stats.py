@@ -120,3 +120,17 @@ def test_no_labels_no_answers() -> None:
     logprob, correct = token_stats(hidden[:0], torch.zeros(0, dtype=torch.long), head, 30, frozen=None)
     assert logprob.shape == correct.shape == (0,)
     assert token_stats(hidden[:0], torch.zeros(0, dtype=torch.long), head, 30, None, mean=True)[2].shape == (0,)
+
+
+def test_chunks_are_few_and_of_like_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """17 labels of which 7 fit: 6, 6 and 5, not 7, 7 and 3."""
+    monkeypatch.setattr(module, "CHUNK", 30 * 7)
+    hidden, targets, linear, _ = problem(torch.float32)
+    seen: list[int] = []
+
+    def finish(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(len(logits))
+        return logits
+
+    token_stats(hidden, targets, linear, 30, FrozenHead(matrix(linear.weight.detach()), finish))
+    assert seen == [6, 6, 5]
