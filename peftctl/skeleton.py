@@ -193,6 +193,18 @@ def select(
     return Selection(tuple(chosen), _summary(skeleton, chosen))
 
 
+def alone(skeleton: Skeleton, modules: Iterable[Module], key: str = "method.target_modules") -> None:
+    """Refuse modules whose weight another has too: no weight could hold a change of one alone. Raises TargetError."""
+    tied = {first: alias for alias, first in skeleton.tied.items()} | skeleton.tied
+    for module in modules:
+        if other := tied.get(dotted(module.path, "weight")):
+            whole = skeleton.tied.get(other, other).rpartition(".")[0]
+            raise TargetError(
+                f"{key}: {module.path} shares its weight with {other.rpartition('.')[0]}, and this method would change "
+                f"one of them alone; leave it out, or train both as they are with method.save_modules: [{whole}]"
+            )
+
+
 def _by_regex(skeleton: Skeleton, candidates: list[Module], pattern: str, key: str) -> list[Module]:
     try:
         compiled = re.compile(pattern)

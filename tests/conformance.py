@@ -13,6 +13,7 @@ from peftctl import methods
 from peftctl.counting import Counts, count
 from peftctl.errors import PeftctlError
 from peftctl.model import skeleton
+from peftctl.task import Task
 
 ROOT = Path(__file__).parents[1]
 BERT_BASE, BERT_LARGE = 109_482_240, 335_141_888  # of the encoders with their pooler
@@ -25,20 +26,23 @@ class Row(NamedTuple):
     base: str  # a file of configs/models
     called: str  # the method in the source's words
     method: dict[str, Any]  # the recipe's block
-    published: str  # as printed: 0.3M, 2.1%, 524,288
+    published: str  # as printed: 0.3M, 2.1%, 524,288, or 3.4 MB of a file with four bytes each
     expected: int
     why: str = ""
     inside: str = ""  # only what lies below this path: an encoder without the head for its language model
     of: int = 0  # of what a published percentage is a part
+    labels: int = 0  # of a classification head that is counted as well
 
     def counted(self) -> int:
-        counts = counts_of(self.base, self.method)
+        counts = counts_of(self.base, self.method, labels=self.labels)
         return sum(n for path, n in counts.places.items() if path.startswith(self.inside))
 
     def matches(self, counted: int) -> bool:
         """Whether a count, rounded as the published figure is, gives that figure."""
         text = self.published.replace(",", "")
-        digits = len(text.rstrip("M%").partition(".")[2])
+        digits = len(text.rstrip(" MB%").partition(".")[2])
+        if text.endswith(" MB"):
+            return f"{4 * counted / 2**20:.{digits}f} MB" == text
         if text.endswith("%"):
             return f"{100 * counted / self.of:.{digits}f}%" == text
         return f"{counted / 1e6:.{digits}f}M" == text if text.endswith("M") else str(counted) == text
@@ -72,7 +76,13 @@ def adapters(count: int, hidden: int, width: int) -> int:
     return count * (2 * hidden * width + width + hidden)
 
 
+def head(hidden: int, labels: int) -> int:
+    """RoBERTa's: a linear of the model's width and one to the labels, each with a bias."""
+    return hidden * (hidden + 1) + labels * (hidden + 1)
+
+
 LORA, HOULSBY, BITFIT = "2106.09685", "1902.00751", "2106.10199"
+LORA_PAGE = "microsoft/LoRA"  # the repository's page, which counts the heads and tells its files' sizes
 GPT2_QV = ("c_attn.q", "c_attn.v")
 BERT_QV = ("query", "value")
 
@@ -100,6 +110,35 @@ TOTALS = [
 ROWS = [
     Row(LORA, "roberta-base", "LoRA r8 q,v", lora(8, *BERT_QV), "0.3M", 2 * 12 * 8 * 1536),
     Row(LORA, "roberta-large", "LoRA r8 q,v", lora(8, *BERT_QV), "0.8M", 2 * 24 * 8 * 2048),
+    Row(
+        LORA_PAGE,
+        "roberta-base",
+        "LoRA r8 q,v, head",
+        lora(8, *BERT_QV),
+        "0.8M",
+        2 * 12 * 8 * 1536 + head(768, 2),
+        "rounded down: 0.89M",
+        labels=2,
+    ),
+    Row(
+        LORA_PAGE,
+        "roberta-base",
+        "LoRA r8 q,v, head",
+        lora(8, *BERT_QV),
+        "3.4 MB",
+        2 * 12 * 8 * 1536 + head(768, 2),
+        labels=2,
+    ),
+    Row(
+        LORA_PAGE,
+        "roberta-large",
+        "LoRA r8 q,v, head",
+        lora(8, *BERT_QV),
+        "7.1 MB",
+        2 * 24 * 8 * 2048 + head(1024, 2),
+        "its numbers take 7.0 MB",
+        labels=2,
+    ),
     Row(LORA, "gpt3", "LoRA r1 q,v", lora(1, *GPT2_QV), "4.7M", 2 * 96 * 1 * 24576),
     Row(LORA, "gpt3", "LoRA r8 q,v", lora(8, *GPT2_QV), "37.7M", 2 * 96 * 8 * 24576),
     Row(LORA, "gpt3", "LoRA r4 q,v", lora(4, *GPT2_QV), "18M", 2 * 96 * 4 * 24576, "rounded down: 18.9M"),
@@ -251,12 +290,11 @@ ROWS = [
 
 # bases of tests/refused, with what is published for them
 REFUSED = {
-    "deberta-v2-xxlarge": "LoRA r16 q,v 4.7M",
+    "deberta-v2-xxlarge": "LoRA r16 q,v 4.7M, with a head 27.1 MB",
     "whisper-large-v2": "LoRA r32 q,v 15,728,640",
 }
 NOT_OFFERED = {
     "AdapterL (GPT-2 M 0.37M, 11.09M; GPT-2 L 0.88M, 23.00M)": "a bottleneck with a norm of its own",
-    "counts with a classification head (RoBERTa 0.8M; files of 3.4, 7.1 and 27.1 MB)": "a task head",
 }
 
 
@@ -264,9 +302,11 @@ def path_of(base: str) -> Path:
     return ROOT / "configs" / "models" / f"{base}.json"
 
 
-def counts_of(base: str, method: dict[str, Any], path: Path | None = None) -> Counts:
-    found = methods.get(method["name"])
-    return count(bases.resolve(str(path or path_of(base))), found, found.config(**method))
+def counts_of(base: str, method: dict[str, Any], path: Path | None = None, labels: int = 0) -> Counts:
+    found, resolved = methods.get(method["name"]), bases.resolve(str(path or path_of(base)))
+    if labels:
+        resolved = resolved._replace(task=Task("sequence-classification", tuple(map(str, range(labels)))))
+    return count(resolved, found, found.config(**method))
 
 
 def refusal(base: str) -> str:

@@ -57,3 +57,24 @@ def test_the_head_alone_is_a_choice_only_by_its_name(name: str) -> None:
     method, keys = methods.get(name), {"feedforward_modules": []} if name == "ia3" else {}
     places = method.count(LLAMA, method.config(name=name, target_modules=["lm_head"], **keys)).places
     assert "lm_head" in places
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "other"),
+    [
+        ("lora", "wte", "lm_head"),
+        *((name, "lm_head", "transformer.wte") for name in ("lora", "dora", "vera", "adalora", "ia3")),
+    ],
+)
+def test_one_of_two_tied_weights_is_refused(
+    name: str, target: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = runs.document(name, model={"name": str(runs.CONFIGS / "models/tiny-gpt2.json")})
+    contents["method"] = {"name": name, "target_modules": [target]}
+    contents["method"] |= {"feedforward_modules": []} if name == "ia3" else {}
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--quiet", "train", str(runs.written(tmp_path / "run", contents))])
+    out, err = capsys.readouterr()
+    assert (left.value.code, out, err.count("\n")) == (2, "", 1)
+    assert f"{target} shares its weight with {other}" in err and "method.save_modules: [transformer.wte]" in err
+    assert not (tmp_path / "run").exists()

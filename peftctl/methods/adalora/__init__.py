@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from peftctl.methods._lowrank import TargetedConfig, targets
 from peftctl.methods.base import Counted, Exchange, Method, Traits
-from peftctl.skeleton import Skeleton
+from peftctl.skeleton import Skeleton, alone
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +51,7 @@ class AdaloraConfig(TargetedConfig):
 
 def _count(skeleton: Skeleton, config: AdaloraConfig) -> Counted:
     selection = targets(skeleton, config, config.first_rank, "method.initial_rank")
+    alone(skeleton, selection.modules)
     rank = config.first_rank
     return Counted({m.path: rank * (m.in_features + 1 + m.out_features) for m in selection.modules}, selection.summary)
 

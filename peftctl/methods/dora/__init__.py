@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from peftctl.methods._lowrank import LowRankConfig, targets
 from peftctl.methods.base import Counted, Exchange, Method, Traits
-from peftctl.skeleton import Skeleton
+from peftctl.skeleton import Skeleton, alone
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +20,7 @@ class DoraConfig(LowRankConfig):
 
 def _count(skeleton: Skeleton, config: DoraConfig) -> Counted:
     selection = targets(skeleton, config, config.rank)
+    alone(skeleton, selection.modules)
     places = {m.path: config.rank * (m.in_features + m.out_features) + m.out_features for m in selection.modules}
     return Counted(places, selection.summary)
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from peftctl.errors import TargetError
 from peftctl.methods._blocks import down_projection, every_block, keys_and_values
 from peftctl.methods.base import Counted, Exchange, Method, MethodConfig, Traits
-from peftctl.skeleton import Module, Skeleton, covered, select
+from peftctl.skeleton import Module, Skeleton, alone, covered, select
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,6 +90,8 @@ def _inputs(skeleton: Skeleton, targets: str | list[str] | None) -> tuple[Module
 
 def _count(skeleton: Skeleton, config: Ia3Config) -> Counted:
     found = scaled(skeleton, config)
+    alone(skeleton, found.outputs)
+    alone(skeleton, found.inputs, "method.feedforward_modules")
     places = {m.path: m.out_features for m in found.outputs} | {m.path: m.in_features for m in found.inputs}
     names = ", ".join(dict.fromkeys(p.rsplit(".", 1)[-1] for p in places))
     return Counted(

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from peftctl.methods._lowrank import LowRankConfig
 from peftctl.methods.base import Counted, Exchange, Method, Traits
-from peftctl.skeleton import Skeleton
+from peftctl.skeleton import Skeleton, alone
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,6 +61,7 @@ def _count(skeleton: Skeleton, config: LoraConfig) -> Counted:
     from peftctl.methods.lora.places import biases, places
 
     found = places(skeleton, config)
+    alone(skeleton, (place.module for place in found.places))
     sizes = {name: size for place in found.places for name, size in place.sizes(config.train_a).items()}
     for module in biases(skeleton, config.bias, found.places):
         sizes[module.path] = sizes.get(module.path, 0) + module.shapes["bias"][0]

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from peftctl.methods._lowrank import TargetedConfig
 from peftctl.methods.base import Counted, Exchange, Method, Traits
-from peftctl.skeleton import Skeleton, select
+from peftctl.skeleton import Skeleton, alone, select
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +24,7 @@ class VeraConfig(TargetedConfig):
 
 def _count(skeleton: Skeleton, config: VeraConfig) -> Counted:
     selection = select(skeleton, config.target_modules, layers=config.layers)
+    alone(skeleton, selection.modules)
     return Counted({m.path: config.rank + m.out_features for m in selection.modules}, selection.summary)
 
 
