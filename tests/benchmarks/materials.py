@@ -19,6 +19,7 @@ from peftctl.row import Message
 from tests.benchmarks.workloads import HELD_OUT, MATERIALS, ROOT
 
 SMOLLM2 = ROOT / ".cache" / "peftctl" / "smollm2-135m"
+DIALOGUES = HELD_OUT.with_name("train.jsonl")
 ROWS = 64  # enough for every step to have its own
 MISSES = 20  # dialogues that may be too long for what is left of a row before it counts as full
 # the shape of TinyLlama-1.1B, with the vocabulary of the tokenizer that is here: 1.07e9 parameters
@@ -57,10 +58,10 @@ def make(name: str) -> None:
     unfinished.rename(target)
 
 
-def rows(path: Path, length: int) -> None:
+def rows(path: Path, length: int, tokenizer: Path = SMOLLM2, dialogues: Path = DIALOGUES) -> None:
     """Dialogues put one after another into rows of `length` tokens, or a few less."""
-    chat = Chat(SMOLLM2)
-    source, lines = _dialogues(), []
+    chat = Chat(tokenizer)
+    source, lines = _repeated(dialogues), []
     while len(lines) < ROWS:
         row: list[Message] = []
         misses = 0
@@ -71,13 +72,13 @@ def rows(path: Path, length: int) -> None:
             else:
                 misses += 1
         if row:
-            lines.append(json.dumps({"messages": [message._asdict() for message in row]}))
+            lines.append(json.dumps({"messages": [{"role": one.role, "content": one.content} for one in row]}))
     path.write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def _dialogues() -> Iterator[list[Message]]:
-    """The demo's training dialogues over and over, each time in another order."""
-    text = HELD_OUT.with_name("train.jsonl").read_text("utf-8")
+def _repeated(dialogues: Path) -> Iterator[list[Message]]:
+    """The dialogues of a file over and over, each time in another order."""
+    text = dialogues.read_text("utf-8")
     found = [[Message(**turn) for turn in json.loads(line)["messages"]] for line in text.splitlines()]
     epoch = 0
     while True:
