@@ -17,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from peftctl.kernels.matrix import Matrix
 
 Head = Callable[[Tensor], Tensor]  # (n, hidden) -> (n, vocabulary)
-# logits held at once, 30 MB of fp32: few chunks stream the head's matrix seldom, but what is larger than 32 MiB costs
-# fresh pages each time
-CHUNK = 7_500_000
+# bytes of logits held at once: few chunks stream the head's matrix seldom, but what is larger than 32 MiB costs fresh
+# pages each time
+CHUNK = 30_000_000
+# logits that the CPU goes over at once in fp32: they stay in its caches from the first look to the last
+BLOCK = 1 << 19
 
 
 class FrozenHead(NamedTuple):
@@ -45,7 +47,8 @@ def token_stats(
     Correct is a target that no other token is likelier than. `frozen`: the head once more, if nothing in it is trained.
     With `mean` also, (L,), the mean log-probability of all tokens of the vocabulary in the target's place.
     """
-    chunks = -(-len(targets) // max(1, CHUNK // vocabulary))
+    width = 4 if frozen is None or frozen.wide is not None else hidden.element_size()
+    chunks = -(-len(targets) // max(1, CHUNK // (vocabulary * width)))
     size = max(1, -(-len(targets) // max(1, chunks)))  # of like size
     if frozen is None:
         return plain_token_stats(hidden, targets, head, size, mean)
@@ -112,32 +115,35 @@ def _with_slopes(
     product = head.product(hidden)
     with torch.set_grad_enabled(wanted and head.finish is not None):
         leaf = product.detach().requires_grad_(torch.is_grad_enabled())
-        logits = (leaf if head.finish is None else head.finish(leaf)).float()
-    # one buffer from here on, for it is larger than the caches: logits, then their exponentials, then the slope
-    chances = logits.detach()
-    chances = chances.clone() if chances.data_ptr() == product.data_ptr() else chances
-    at = targets[:, None]
+        logits = leaf if head.finish is None else head.finish(leaf)
+    raw = logits.detach()
+    # without a finish nobody asks for the logits again: the first gradient takes their place
+    slopes = [raw if head.finish is None and not number else torch.empty_like(raw) for number in range(1 + mean)]
+    rows = max(1, BLOCK // raw.shape[1] if raw.device.type == "cpu" else len(raw))
+    blocks = zip(*(torch.split(t, rows) for t in (raw, targets[:, None], *slopes)), strict=True)
+    stats = tuple(map(torch.cat, zip(*(_block(*block, wanted=wanted) for block in blocks), strict=True)))
+    return stats, tuple(_by_hidden(slope, logits, leaf, head, hidden.dtype) for slope in slopes if wanted)
+
+
+def _block(logits: Tensor, at: Tensor, slope: Tensor, *level: Tensor, wanted: bool) -> tuple[Tensor, ...]:
+    """Log-probability, correctness and, where `level` is given, the mean log-probability of a few labels.
+
+    If `wanted` the gradients by the logits are written into `slope` and `level`: of the first and of the mean.
+    """
+    chances = logits.to(torch.float32, copy=True)  # in place from here on, and small enough for the caches
     highest, own = chances.amax(-1, keepdim=True), chances.gather(1, at)
-    middle = chances.mean(-1, keepdim=True) if mean else None
+    middle = [chances.mean(-1, keepdim=True) for _ in level]
     total = chances.sub_(highest).exp_().sum(-1, keepdim=True)
-    logprob = (own - highest - total.log())[:, 0]
-    stats: tuple[Tensor, ...] = (logprob, (highest <= own)[:, 0])
-    if middle is not None:
-        stats = (*stats, (middle - highest - total.log())[:, 0])
-    if not wanted:
-        return stats, ()
-    slope = chances.mul_(-1 / total).scatter_add_(1, at, torch.ones_like(own))
-    slopes: tuple[Tensor, ...] = (_by_hidden(slope, logits, leaf, head, hidden.dtype, again=mean),)
-    if mean:
-        slope = slope.scatter_add_(1, at, -torch.ones_like(own)).add_(1 / slope.shape[1])
-        slopes = (*slopes, _by_hidden(slope, logits, leaf, head, hidden.dtype))
-    return stats, slopes
+    if wanted:
+        slope.copy_(chances.mul_(-1 / total).scatter_add_(1, at, torch.ones_like(own)))
+        for flat in level:
+            flat.copy_(chances.scatter_add_(1, at, -torch.ones_like(own)).add_(1 / chances.shape[1]))
+    logprobs = [value - highest - total.log() for value in (own, *middle)]
+    return tuple(stat[:, 0] for stat in (logprobs[0], highest <= own, *logprobs[1:]))
 
 
-def _by_hidden(
-    slope: Tensor, logits: Tensor, leaf: Tensor, head: FrozenHead, dtype: torch.dtype, again: bool = False
-) -> Tensor:
+def _by_hidden(slope: Tensor, logits: Tensor, leaf: Tensor, head: FrozenHead, dtype: torch.dtype) -> Tensor:
     """The gradient by the hidden state of what has this one by the logits."""
     if head.finish is not None:
-        (slope,) = torch.autograd.grad(logits, leaf, slope, retain_graph=again)
+        (slope,) = torch.autograd.grad(logits, leaf, slope, retain_graph=True)
     return head.matrix.backward(slope.to(dtype))

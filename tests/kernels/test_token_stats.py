@@ -30,7 +30,8 @@ def capped(logits: torch.Tensor) -> torch.Tensor:
 def test_equals_the_plain_formula(
     monkeypatch: pytest.MonkeyPatch, kind: str, finish: Finish | None, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK", 30 * 5)  # several chunks, the last one short
+    monkeypatch.setattr(module, "CHUNK", 4 * 30 * 5)  # several chunks, the last one short
+    monkeypatch.setattr(module, "BLOCK", 30 * 2)  # and blocks
     hidden, targets, linear, upstream = problem(dtype)
 
     def head(x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +57,8 @@ def test_equals_the_plain_formula(
 def test_with_the_mean_it_is_label_smoothing(
     monkeypatch: pytest.MonkeyPatch, kind: str, finish: Finish | None, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK", 30 * 5)
+    monkeypatch.setattr(module, "CHUNK", 4 * 30 * 5)
+    monkeypatch.setattr(module, "BLOCK", 30 * 2)
     hidden, targets, linear, upstream = problem(dtype)
 
     def head(x: torch.Tensor) -> torch.Tensor:
@@ -80,6 +82,22 @@ def test_with_the_mean_it_is_label_smoothing(
     assert torch.equal(plain[0], logprob) and torch.equal(plain[1], correct)
     with torch.no_grad():
         assert torch.equal(token_stats(hidden, targets, head, 30, frozen, mean=True)[2], mean)
+
+
+@pytest.mark.parametrize("finish", [None, capped])
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_many_labels_are_gone_over_at_once_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, finish: Finish | None, mean: bool, dtype: torch.dtype
+) -> None:
+    hidden, targets, linear, upstream = problem(dtype)
+    frozen = FrozenHead(matrix(linear.weight.detach(), linear.bias.detach()), finish)
+    found = []
+    for labels in (1, 4, 100):
+        monkeypatch.setattr(module, "BLOCK", 30 * labels)
+        stats = token_stats(hidden, targets, linear, 30, frozen, mean)
+        found.append([*stats, *torch.autograd.grad((sum(stats[::2]) * upstream).sum(), hidden)])
+    assert all(torch.equal(one, other) for more in found[1:] for one, other in zip(found[0], more, strict=True))
 
 
 def test_logits_in_fp32_over_a_half_precision_head() -> None:
@@ -124,7 +142,7 @@ def test_no_labels_no_answers() -> None:
 
 def test_chunks_are_few_and_of_like_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """17 labels of which 7 fit: 6, 6 and 5, not 7, 7 and 3."""
-    monkeypatch.setattr(module, "CHUNK", 30 * 7)
+    monkeypatch.setattr(module, "CHUNK", 4 * 30 * 7)
     hidden, targets, linear, _ = problem(torch.float32)
     seen: list[int] = []
 
