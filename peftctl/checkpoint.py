@@ -26,7 +26,8 @@ REQUIRED = ("adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "
 
 
 class Progress(NamedTuple):
-    """How far a run is. `position` is the number of examples consumed, `seconds` the time spent on all of it."""
+    """How far a run is. `position`: where its data goes on, by default the number of examples consumed; `seconds`: the
+    time spent on all of it."""
 
     step: int = 0
     position: int = 0

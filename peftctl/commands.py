@@ -54,7 +54,7 @@ def validate(path: Path, overrides: Sequence[str], smoke: bool, show: int, quiet
     wanted, base = asked(wanted, base)
     vocabulary = base.vocabulary
     with tokenising(quiet) as shown:
-        data = prepare(wanted, chat, objective, vocabulary, shown)
+        data = prepare(wanted, chat, objective, vocabulary, shown, every_row=True)
     positions = fit(data, base, wanted)
     print_rows(data.train.examples[:show], data.train.places[:show], chat, sys.stderr)
     return {**data.document(), "positions": positions, "pad_is_eos": chat.pad_is_eos}

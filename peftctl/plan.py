@@ -114,6 +114,8 @@ def asked(recipe: Recipe, base: bases.Base) -> tuple[Recipe, bases.Base]:
 def _examples(recipe: Recipe, kinds: Collection[str]) -> list[Example] | None:
     """All examples of the training sources; None where they are no such rows, of which the data's check says more."""
     data, examples = recipe.data, list[Example]()
+    if data.streaming:
+        raise DataError("objective.labels: name the labels; with data.streaming the rows are not all read beforehand")
     for one in wanted(data.train):
         if one.path is None:
             raise DataError(f"objective.labels: name the labels of {one.hub}; only files are searched for them")
@@ -139,7 +141,7 @@ def fit(data: Prepared, base: bases.Base, recipe: Recipe) -> int | None:
     room: int = min(known) - virtual
     reports = [report for report in (data.report, data.validation_report) if report is not None]
     if data.stream is not None:  # of its rows no more is known than what is refused
-        reports[0] = data.report._replace(reach=data.stream.job.max_length)
+        reports[0] = data.report._replace(reach=recipe.data.max_length)
     for report in reports:
         if report.reach > room:
             taken = f", {virtual} of them for virtual tokens" if virtual else ""

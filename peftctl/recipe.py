@@ -215,29 +215,12 @@ def _sources(
                 yield at(place, f"{one.format} does not suit objective {objective.name}, which learns from {kinds}")
 
 
-def _streamed(data: DataConfig, train: TrainConfig, objective: ObjectiveConfig | None) -> Iterator[tuple[str, str]]:
+def _streamed(data: DataConfig, train: TrainConfig) -> Iterator[tuple[str, str]]:
     """What streaming cannot do, by key: nobody knows all rows."""
     if train.max_steps is None:
         yield "train.max_steps", "must be given with data.streaming, for nobody knows how many rows there are"
-    if isinstance(data.validation, float):
-        yield "data.validation", "is a share, which data.streaming cannot hold out: name a file"
-    for key in ("bucket", "limit"):
-        if getattr(data, key) is not None:
-            yield f"data.{key}", "is not for data.streaming: leave it out"
     if data.truncate == "split":
         yield "data.truncate", "split is not for data.streaming: take another"
-    chosen = objectives.get(objective.name) if objective else None
-    if chosen is not None and (chosen.pair is not None or chosen.rollout is not None):
-        yield "data.streaming", f"is not for objective {chosen.name}, which must know all rows"
-    sources = data.train if isinstance(data.train, list) else [data.train]
-    own = [one for one in sources if isinstance(one, SourceConfig)]
-    if any(one.weight is not None or one.limit is not None for one in own):
-        yield "data.train", "has a weight or a limit, which data.streaming does not know: leave it out"
-    if len(sources) > 1 and any(one.format is not None or one.columns is not None for one in own):
-        yield (
-            "data.train",
-            "has a format or columns of one source, but data.streaming reads all alike: set those of data",
-        )
 
 
 def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
@@ -271,7 +254,7 @@ def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
         yield at("train.eval_every", "has nothing to evaluate: set data.validation")
     yield from _sources(data, objective, at)
     if data and train and data.streaming:
-        yield from (at(key, message) for key, message in _streamed(data, train, objective))
+        yield from (at(key, message) for key, message in _streamed(data, train))
     if data and objective and data.format not in {"auto", *suitable(objective.name)}:
         kinds = " or ".join(suitable(objective.name))
         yield at("data.format", f"{data.format} does not suit objective {objective.name}, which learns from {kinds}")

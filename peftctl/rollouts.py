@@ -31,7 +31,7 @@ class Rollouts:
     """Micro-batches of answers, in the place of those of `prompts`.
 
     The position still counts examples: a step takes as many as one of `prompts` does, and steps that learn from the
-    same answers take the same.
+    same answers take the same. Where prompts are streamed, a position of theirs is that of as many steps.
     """
 
     def __init__(
@@ -55,11 +55,20 @@ class Rollouts:
 
     def step(self, position: int) -> tuple[list[Batch], int]:
         """The micro-batches of the step at `position`, and the position after it."""
-        index = position // self.prompts.per_step // self.repeats
+        index, start, after = self._place(position)
         if index != self.index:
-            self.parts = self._answered(index)
+            self.parts = self._answered(index, start)
             self.index = index
-        return [self.prompts.built(part) for part in self.parts], position + self.prompts.per_step
+        return [self.prompts.built(part) for part in self.parts], after
+
+    def _place(self, position: int) -> tuple[int, int, int]:
+        """Which rollout the step at a position learns from, where its prompts begin, and the position after it."""
+        prompts = self.prompts
+        if prompts.stream is None:
+            index = position // prompts.per_step // self.repeats
+            return index, index * prompts.per_step, position + prompts.per_step
+        start, turn = divmod(position, self.repeats)
+        return start, start, position + 1 if turn + 1 < self.repeats else prompts.chosen(start)[2] * self.repeats
 
     def evaluation(self) -> Iterator[Batch]:
         """Answers to the held-out prompts, drawn by the same numbers each time; nothing when there are none."""
@@ -81,11 +90,11 @@ class Rollouts:
             self.index = state["rollout"]
             self.parts = [[_row(values) for values in part] for part in state["parts"]]
 
-    def _answered(self, index: int) -> list[list[Row]]:
+    def _answered(self, index: int, start: int) -> list[list[Row]]:
         """The answers of one rollout, by micro-batch."""
         with guards.memory(f"the answers of rollout {index + 1}"):
-            chosen = self.prompts.examples(index * self.prompts.per_step)
-            rows = self._rows(self.prompts.train, chosen, f"rollout {index}", self.world)
+            data, chosen, _ = self.prompts.chosen(start)
+            rows = self._rows(data, chosen, f"rollout {index}", self.world)
             groups = [list(group) for _, group in groupby(rows, key=lambda row: row.example)]
             parts = self.prompts.parts([_size(group, self.prompts.padded) for group in groups])
             found = [[row for place in part for row in groups[place]] for part in parts]

@@ -81,7 +81,7 @@ Sources = Source | Annotated[list[Source], Field(min_length=1)]
 class DataConfig(Block):
     train: Sources = Field(description="a data file, a folder or a pattern of files; or several")
     validation: Annotated[float, Field(gt=0, lt=1)] | Sources | None = Field(
-        None, description="a share to hold out, or what train may be"
+        None, description="a share to hold out (in streaming, of each source's first rows), or what train may be"
     )
     max_length: int = Field(1024, ge=2, description="longest row in tokens")
     truncate: Literal["refuse", "left", "right", "split"] = Field(

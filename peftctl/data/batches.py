@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from peftctl.batch import Batch, build
 from peftctl.data import packing
 from peftctl.data.encoded import Dataset, Lazy
-from peftctl.data.order import Buckets, examples
+from peftctl.data.order import Buckets, examples, regrouped
 from peftctl.data.stream import Stream
 from peftctl.row import Row
 
 EVALUATED = 4096  # tokens of a micro-batch that needs no gradients
+PAIRED_TOGETHER = 64  # examples of a stream that get something of each other, at least
 
 
 class Batches:
@@ -24,7 +26,7 @@ class Batches:
     `share`: whether what rows share at their start is computed once. `padded`: whether rows are laid out as rectangles.
     `trim`: whether a row ends with its last source, which is for causal attention. `ranks`: processes that share a
     step, which is cut into a micro-batch for each where it would have fewer. `stream`: what is trained on in place of
-    `train`; the place then counts the rows of the source.
+    `train`; the place then counts the rows of the source and, where several steps are taken together, these steps.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Batches:
         self.batch_size = batch_size
         self.per_step = batch_size * gradient_accumulation
         self.tokens = tokens
+        self.bucket = bucket
         self.sizes = train.sizes(padded)
         self.buckets = Buckets(self.sizes, self.per_step, bucket) if bucket is not None else None
         self.seed = seed
@@ -58,26 +61,41 @@ class Batches:
         self.total = total
         self.ranks = ranks
         self.stream = stream
+        together = -(-PAIRED_TOGETHER // self.per_step) if stream is not None and stream.pair is not None else 1
+        self.group = max(together, bucket or 1)  # steps of a stream that are taken together
+        self.taken = lru_cache(maxsize=1)(self._taken)
 
     def step(self, position: int) -> tuple[list[Batch], int]:
         """The micro-batches of the step at `position`, and the position after it. The last step may be smaller, and
         after it there is none: an empty list."""
-        if self.stream is not None:
-            data, after = self.stream.take(position, self.per_step)
-            return self._cut(data, range(len(data)), data.sizes(self.padded)), after
-        chosen = self.examples(position)
-        return self._cut(self.train, chosen, [self.sizes[i] for i in chosen]), position + len(chosen)
+        data, chosen, after = self.chosen(position)
+        sizes = self.sizes if data is self.train else data.sizes(self.padded)
+        parts = self.parts([sizes[index] for index in chosen])
+        return [self.built(data.rows([chosen[place] for place in part])) for part in parts], after
 
-    def examples(self, position: int) -> list[int]:
-        """The examples of the step at `position`."""
+    def chosen(self, position: int) -> tuple[Dataset, Sequence[int], int]:
+        """A data set, the examples in it that the step at `position` has, and the position after it."""
+        if self.stream is not None:
+            start, number = divmod(position, self.group)
+            data, order, after = self.taken(self.stream, start)
+            own = order[number * self.per_step : (number + 1) * self.per_step]
+            return data, own, position + 1 if number + 1 < self.group else after * self.group
         count = self.per_step if self.total is None else max(0, min(self.per_step, self.total - position))
-        return examples(position, count, len(self.train), self.seed, self.buckets, self.train.mix)
+        found = examples(position, count, len(self.train), self.seed, self.buckets, self.train.mix)
+        return self.train, found, position + len(found)
+
+    def _taken(self, stream: Stream, start: int) -> tuple[Dataset, Sequence[int], int]:
+        """What steps that are taken together have: the examples, their order, and the row after them."""
+        data, after = stream.take(start, self.per_step * self.group)
+        order = list(range(len(data)))
+        if self.bucket is not None:
+            buckets = Buckets(data.sizes(self.padded), self.per_step, self.bucket)
+            name, most = f"peftctl buckets, seed {self.seed}, from row {start}", self.per_step * self.bucket
+            order = [i for n in order[::most] for i in regrouped(order[n : n + most], buckets, f"{name}, {n}")]
+        return data, order, after
 
     def built(self, rows: Sequence[Row]) -> Batch:
         return build(rows, share=_share(self.share), trim=self.trim)
-
-    def _cut(self, data: Dataset, chosen: Sequence[int], sizes: Sequence[int]) -> list[Batch]:
-        return [self.built(data.rows([chosen[place] for place in part])) for part in self.parts(sizes)]
 
     def parts(self, sizes: Sequence[int]) -> packing.Parts:
         """How examples of these sizes are cut into micro-batches."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 from peftctl.data.encoded import Dataset, Examples, Lazy, Origin, Report, listed, numbered
 from peftctl.data.encoding import COUNTED, SHOWN
-from peftctl.data.order import Mix, split
+from peftctl.data.order import Mix, dealt, split
 from peftctl.data.preflight import lengths
 from peftctl.data.sources.hub import Hub
 from peftctl.errors import DataError
@@ -107,10 +107,14 @@ def joined(datasets: Sequence[Dataset], weights: Sequence[float | None] = ()) ->
     )
 
 
-def summed(reports: Sequence[Report], datasets: Sequence[Dataset]) -> Report:
-    """The reports on several sources as one."""
+def every_size(datasets: Sequence[Dataset]) -> Iterator[int]:
+    """The tokens of each sequence."""
     examples = [listed(data.examples) for data in datasets]
-    sizes = (size for own in examples for index in range(len(own)) for size in own.lengths(index))
+    return (size for own in examples for index in range(len(own)) for size in own.lengths(index))
+
+
+def summed(reports: Sequence[Report], sizes: Iterable[int]) -> Report:
+    """The reports on several sources as one; `sizes`: the tokens of each sequence."""
     numbers = ("read", "kept", "refused", *COUNTED)
     figures: dict[str, Any] = lengths(sizes)._asdict() | {n: sum(getattr(r, n) for r in reports) for n in numbers}
     return Report(
@@ -125,16 +129,12 @@ def summed(reports: Sequence[Report], datasets: Sequence[Dataset]) -> Report:
 
 
 def _mix(datasets: Sequence[Dataset], weights: Sequence[float | None]) -> Mix | None:
-    """An epoch has as many examples as there are rows, dealt out by weight: the largest remainders round up."""
+    """An epoch has as many examples as there are rows, dealt out by weight."""
     given = [weight for weight in weights if weight is not None]
     if not given:
         return None
     sizes = tuple(len(data) for data in datasets)
-    exact = [sum(sizes) * weight / sum(given) for weight in given]
-    counts = [int(share) for share in exact]
-    largest = sorted(range(len(exact)), key=lambda part: (counts[part] - exact[part], part))
-    for part in largest[: sum(sizes) - sum(counts)]:
-        counts[part] += 1
+    counts = dealt(given, sum(sizes))
     for data, count, weight in zip(datasets, counts, given, strict=True):
         if not count:
             raise DataError(f"{data.name}: weight {weight:g} gives it none of the {sum(sizes)} examples of an epoch")

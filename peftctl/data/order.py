@@ -94,16 +94,26 @@ def _bucketed(buckets: Buckets, seed: int, epoch: int, mix: Mix | None) -> array
     for start in range(first, end, step * buckets.steps):
         stop = min(start + step * buckets.steps, end)
         name = f"peftctl buckets, seed {seed}, epoch {epoch}, from {start}"
-        items[start:stop] = _regrouped(items[start:stop], buckets, name)
+        items[start:stop] = regrouped(items[start:stop], buckets, name)
     return array("L", items)
 
 
-def _regrouped(items: list[int], buckets: Buckets, name: str) -> list[int]:
+def regrouped(items: Sequence[int], buckets: Buckets, name: str) -> list[int]:
     """The examples of some steps: sorted by length, cut into steps, and the steps shuffled."""
     places = sorted(range(len(items)), key=lambda place: buckets.sizes[items[place]])
     # within a step as shuffled: where the last step of a run is cut short, the short rows must not be what is left
     steps = [sorted(places[start : start + buckets.step]) for start in range(0, len(items), buckets.step)]
     return [items[place] for step in shuffled(steps, name) for place in step]
+
+
+def dealt(weights: Sequence[float], total: int) -> list[int]:
+    """So many in all, dealt out by weight: the largest remainders round up."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    largest = sorted(range(len(exact)), key=lambda part: (counts[part] - exact[part], part))
+    for part in largest[: total - sum(counts)]:
+        counts[part] += 1
+    return counts
 
 
 def examples(

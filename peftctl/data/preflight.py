@@ -24,7 +24,7 @@ class Lengths(NamedTuple):
 
 
 def lengths(tokens: Iterable[int]) -> Lengths:
-    """Of sequences with so many tokens each."""
+    """Of sequences with so many tokens each, which may be counted already."""
     counts = Counter(tokens)
     if not counts:
         return Lengths()

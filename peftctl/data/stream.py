@@ -1,4 +1,4 @@
-"""A source that is read while training goes on: never whole, from any position, in an order of its own.
+"""Sources that are read while training goes on: never whole, from any position, in an order of their own.
 
 The rows of an epoch are cut into windows of `window` neighbours, and each window is shuffled: a buffer that is filled,
 shuffled and emptied. A later epoch cuts at other places. So the order is a pure function of seed, epoch and the number
@@ -8,79 +8,87 @@ of rows, and to go on at a position takes no more than one window and the rows s
 from __future__ import annotations
 
 import hashlib
-import json
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 from random import Random
-from typing import Any
+from typing import NamedTuple, Protocol
 
 from peftctl.base import cache_folder
 from peftctl.data.encoded import Dataset, numbered
 from peftctl.data.encoding import Given, Job, pieces
-from peftctl.data.order import shuffled
-from peftctl.data.sources import Mark, Part, Record, code, place
+from peftctl.data.marks import Marks
+from peftctl.data.order import PAIRED, dealt, order, shuffled
+from peftctl.data.sources import LINE, Json, Part, code, place
+from peftctl.data.sources.records import START
 from peftctl.errors import DataError
 from peftctl.row import Row
 
 EVERY = 1000  # rows between marks
+BLOCK = 1000  # rows among which each of several sources has its share
+
+Pair = Callable[[Sequence[tuple[Row, ...]], Sequence[int]], Sequence[tuple[Row, ...]]]
 
 
-class Stream:
-    """The examples of a source by position: the rows consumed so far, in the endless concatenation of epochs.
+class Feed(NamedTuple):
+    """One of the sources that are streamed. `limit`: of its rows the first ones alone."""
 
-    `skip`: whether rows that cannot be used are passed over; else they raise DataError.
-    """
+    name: str
+    parts: Sequence[Part]
+    job: Job
+    limit: int | None = None
 
-    def __init__(self, name: str, parts: Sequence[Part], job: Job, seed: int, window: int, skip: bool) -> None:
-        self.name = name
-        self.parts = parts
-        self.stems = [part.stem for part in parts]
-        self.job = job
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of its parts' samples, in hex."""
+        return hashlib.sha256("".join(part.sample() for part in self.parts).encode()).hexdigest()
+
+
+class Drawn(NamedTuple):
+    """A row of a stream, or why it is none; where it stands; and what encodes it."""
+
+    place: str
+    row: Json | str
+    job: Job
+
+
+class Rows(Protocol):
+    """Rows by position, without an end."""
+
+    def at(self, position: int) -> Drawn: ...
+
+    def round(self) -> int:
+        """So many neighbouring positions have every row among them; 0 while nobody knows how many rows there are."""
+
+
+class Windows:
+    """Feeds one after the other, shuffled in windows: the rows of the endless concatenation of epochs."""
+
+    def __init__(self, feeds: Sequence[Feed], seed: int, window: int) -> None:
+        self.feeds = feeds
         self.seed = seed
         self.window = window
-        self.skip = skip
-        self.fingerprint = hashlib.sha256("".join(part.sample() for part in parts).encode()).hexdigest()
-        self.marks = Marks(cache_folder() / "streams" / self.fingerprint, len(parts))
+        self.parts = [part for feed in feeds for part in feed.parts]
+        self.owners = [number for number, feed in enumerate(feeds) for _ in feed.parts]
+        self.stems = [part.stem for part in self.parts]
+        self.marks = Marks(cache_folder() / "streams" / _key(feeds), len(self.parts))
         self.next = 0  # the row that `reader` reads next
         self.reader = self._read(0)
         self.cached = lru_cache(maxsize=2)(self._shuffled)
 
-    def take(self, position: int, count: int) -> tuple[Dataset, int]:
-        """So many examples from a position on, and the position after them. Raises DataError."""
-        found: list[tuple[Row, ...]] = []
-        places: list[str] = []
-        refused = 0
-        while len(found) < count:
-            where, row = self._at(position)
-            position += 1
-            try:
-                [rows], _ = pieces(self.job, row)
-            except DataError as error:
-                refused += 1
-                told = place(self.stems, where)
-                if not self.skip:
-                    raise DataError(f"{told}: {error}; data.on_bad_row: skip leaves such rows out") from None
-                if refused == self.marks.rows:
-                    raise DataError(f"{self.name}: no row can be used; one is {told}: {error}") from None
-                continue
-            found.append(numbered(rows, len(found)))
-            places.append(place(self.stems, where))
-            refused = 0
-        return Dataset(self.name, tuple(found), tuple(places), self.fingerprint), position
-
-    def _at(self, position: int) -> Given:
-        """The row at a position, with its place."""
+    def at(self, position: int) -> Drawn:
         epoch, row = divmod(position, self.marks.rows) if self.marks.rows else (0, position)
         shift = _shift(self.seed, epoch, self.window)
         number = (row + shift) // self.window
         start = max(0, number * self.window - shift)
         rows = self.cached(epoch, start, (number + 1) * self.window - shift)
-        if row - start < len(rows):
-            return rows[row - start]
-        return self._at(position)  # the source has ended meanwhile: now it is known how many rows an epoch has
+        if row - start >= len(rows):
+            return self.at(position)  # the source has ended meanwhile: now it is known how many rows an epoch has
+        where, found = rows[row - start]
+        return Drawn(place(self.stems, where), found, self.feeds[self.owners[where >> LINE]].job)
+
+    def round(self) -> int:
+        return self.marks.rows
 
     def _shuffled(self, epoch: int, start: int, end: int) -> list[Given]:
         """A window's rows as they come."""
@@ -91,70 +99,117 @@ class Stream:
         return shuffled(rows, f"peftctl stream, seed {self.seed}, epoch {epoch}, from {start}")
 
     def _read(self, start: int) -> Iterator[Given]:
-        """The rows from one on, to the end of the source."""
-        row, first, mark = self.marks.before(start)
+        """The rows from one on, to the end of the last feed."""
+        row, first, mark, own = self.marks.before(start)
         for number in range(first, len(self.parts)):
-            for record in self.parts[number].records(mark):
+            if number > first and self.owners[number] != self.owners[number - 1]:
+                own = 0
+            limit = self.feeds[self.owners[number]].limit
+            for record in islice(self.parts[number].records(mark), None if limit is None else limit - own):
                 if row >= start:
                     yield code(number, record.line), record.row
-                row += 1
+                row, own = row + 1, own + 1
                 if row % EVERY == 0:
-                    self.marks.note(row, number, record)
-            mark = Mark(0, 0)
+                    self.marks.note(row, number, record.after, own)
+            mark = START
         self.marks.end(row)
 
 
-class Marks:
-    """Where some rows of a source begin, and how many there are once that is known; kept on disk for the next run."""
+class Mixed:
+    """Several sources by weight: of every 1,000 rows each has its share, in an order that seed and place decide."""
 
-    def __init__(self, path: Path, parts: int) -> None:
-        self.path = path
-        self.rows = 0  # of the whole source; 0 until its end was seen
-        self.known: list[tuple[int, int, Mark]] = [(0, 0, Mark(0, 0))]
-        for number, part, offset, line in _lines(path):
-            if part == parts:
-                self.rows = number
-            elif number > self.known[-1][0]:
-                self.known.append((number, part, Mark(offset, line)))
-        self.parts = parts
+    def __init__(self, sources: Sequence[Rows], names: Sequence[str], weights: Sequence[float], seed: int) -> None:
+        """Raises DataError for a weight that gives a source nothing."""
+        self.sources = sources
+        self.counts = dealt(weights, BLOCK)
+        for name, weight, count in zip(names, weights, self.counts, strict=True):
+            if not count:
+                raise DataError(f"{name}: weight {weight:g} gives it none of {BLOCK:,} rows")
+        self.seed = seed
+        self.cached = lru_cache(maxsize=2)(self._block)
 
-    def before(self, row: int) -> tuple[int, int, Mark]:
-        """The last known row that does not come after one, its part and its mark."""
-        return self.known[bisect_right(self.known, row, key=lambda known: known[0]) - 1]
+    def at(self, position: int) -> Drawn:
+        block, slot = divmod(position, BLOCK)
+        source, number = self.cached(block)[slot]
+        return self.sources[source].at(block * self.counts[source] + number)
 
-    def note(self, row: int, part: int, record: Record) -> None:
-        if row > self.known[-1][0]:
-            self.known.append((row, part, record.after))
-            self._append(row, part, *record.after)
+    def round(self) -> int:
+        rows = [source.round() for source in self.sources]
+        return (1 + max(n // count for n, count in zip(rows, self.counts, strict=True))) * BLOCK if all(rows) else 0
 
-    def end(self, row: int) -> None:
-        if not self.rows:
-            self.rows = row
-            self._append(row, self.parts, 0, 0)
+    def _block(self, block: int) -> list[tuple[int, int]]:
+        """Of each of its rows the source, and how many of that source come before it here."""
+        mixed = [source for source, count in enumerate(self.counts) for _ in range(count)]
+        seen = [0] * len(self.counts)
+        found: list[tuple[int, int]] = []
+        for source in shuffled(mixed, f"peftctl mix, seed {self.seed}, block {block}"):
+            found.append((source, seen[source]))
+            seen[source] += 1
+        return found
 
-    def _append(self, *numbers: int) -> None:
+
+class Stream:
+    """The examples of rows by position: the rows consumed so far.
+
+    `skip`: whether rows that cannot be used are passed over; else they raise DataError. `held`: the places of rows that
+    are held out. `pair`: what the examples that are taken together get of each other, as an objective has it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fingerprint: str,
+        rows: Rows,
+        seed: int,
+        skip: bool,
+        held: Collection[str] = (),
+        pair: Pair | None = None,
+    ) -> None:
+        self.name = name
+        self.fingerprint = fingerprint
+        self.rows = rows
+        self.seed = seed
+        self.skip = skip
+        self.held = frozenset(held)
+        self.pair = pair
+
+    def take(self, position: int, count: int) -> tuple[Dataset, int]:
+        """So many examples from a position on, and the position after them. Raises DataError."""
+        found: list[tuple[Row, ...]] = []
+        places: list[str] = []
+        passed = 0
+        while len(found) < count:
+            drawn = self.rows.at(position)
+            position += 1
+            rows = self._usable(drawn)
+            if isinstance(rows, str):
+                passed += 1
+                if 0 < self.rows.round() <= passed:
+                    raise DataError(f"{self.name}: no row can be used; one is {drawn.place}: {rows}")
+                continue
+            found.append(numbered(rows, len(found)))
+            places.append(drawn.place)
+            passed = 0
+        examples = found if self.pair is None else self.pair(found, order(len(found), self.seed, PAIRED))
+        return Dataset(self.name, tuple(examples), tuple(places), self.fingerprint), position
+
+    def _usable(self, drawn: Drawn) -> tuple[Row, ...] | str:
+        """The rows of an example, or why it is passed over. Raises DataError where that is not to be."""
+        if drawn.place in self.held:
+            return "it is held out"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(f"{json.dumps(numbers)}\n")
-        except OSError:
-            pass  # without it the next run reads from the beginning, and that is all
+            [rows], _ = pieces(drawn.job, drawn.row)
+        except DataError as error:
+            if not self.skip:
+                raise DataError(f"{drawn.place}: {error}; data.on_bad_row: skip leaves such rows out") from None
+            return str(error)
+        return rows
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, int, int]]:
-    """The marks in a file, up to what was not written whole."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, ValueError):
-        return
-    for line in lines:
-        try:
-            found: Any = json.loads(line)
-        except ValueError:
-            return
-        if not (isinstance(found, list) and len(found) == 4 and all(isinstance(number, int) for number in found)):
-            return
-        yield found[0], found[1], found[2], found[3]
+def _key(feeds: Sequence[Feed]) -> str:
+    """What the marks of feeds are kept by."""
+    told = [(feed.fingerprint, feed.limit) for feed in feeds]
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def _shift(seed: int, epoch: int, window: int) -> int:

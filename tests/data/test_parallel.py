@@ -94,7 +94,7 @@ def test_what_another_process_is_told_is_enough(chat, monkeypatch):
     write(20)
     jobs = []
     monkeypatch.setattr(
-        "peftctl.data.dataset.chunks", lambda job, *more: jobs.append(job) or parallel.chunks(job, *more)
+        "peftctl.data.gathering.chunks", lambda job, *more: jobs.append(job) or parallel.chunks(job, *more)
     )
     loaded(chat)
     from peftctl.data.encoding import given_of, job_of, message
