@@ -41,7 +41,7 @@ def train(
 
 def validate(path: Path, overrides: Sequence[str], smoke: bool, show: int, quiet: bool = False) -> dict[str, Any]:
     """Check recipe and data; `show` rows are printed on stderr as the loss will see them."""
-    from peftctl import functions, objectives
+    from peftctl import functions, objectives, standin
     from peftctl.data.dataset import prepare
     from peftctl.data.shown import show as print_rows
     from peftctl.plan import asked, base_and_chat, fit
@@ -51,6 +51,8 @@ def validate(path: Path, overrides: Sequence[str], smoke: bool, show: int, quiet
     objective = objectives.get(wanted.objective.name)
     functions.checked(objective.code(wanted.objective))
     base, chat = base_and_chat(wanted, with_weights=False)
+    if not quiet and (told := standin.note(wanted, base)) is not None:
+        print(f"peftctl: {told}", file=sys.stderr)
     wanted, base = asked(wanted, base)
     vocabulary = base.vocabulary
     with tokenising(quiet) as shown:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftctl import base as bases
-from peftctl import functions, methods, objectives
+from peftctl import functions, methods, objectives, standin
 from peftctl import model as models
 from peftctl.counting import Counts, count
 from peftctl.data.added import extended
@@ -23,7 +23,6 @@ from peftctl.data.sources import read
 from peftctl.data.templates import chosen
 from peftctl.errors import DataError, InputError, ModelError
 from peftctl.named import Adapters, referred
-from peftctl.recipe import shared_folder
 from peftctl.row import Example
 from peftctl.schema import ModelConfig, Recipe
 from peftctl.skeleton import EXPERTS, NewRows, Skeleton
@@ -160,7 +159,7 @@ def base_and_chat(
     wanted = recipe.model
     if wanted.shrink:
         plain = Chat(_tokenizer(wanted.tokenizer))
-        base = bases.shrink(suited(_architecture(wanted), recipe), plain.vocabulary)._replace(tokenizer=plain.folder)
+        base = suited(standin.architecture(recipe, plain.vocabulary), recipe)._replace(tokenizer=plain.folder)
     else:
         base = suited(_resolved(wanted, with_weights, trust_remote_code), recipe)
     if wanted.add_tokens is not None:
@@ -226,14 +225,6 @@ def _tokenizer(folder: Path | str | None) -> Path | str:
     if folder is None:
         raise ModelError("the base has no tokenizer.json: name a tokenizer's folder as model.tokenizer")
     return folder
-
-
-def _architecture(wanted: ModelConfig) -> bases.Base:
-    """The architecture to shrink: what the recipe names if it is on this machine, else a small one. No downloads."""
-    if Path(wanted.name).is_dir() or wanted.name.endswith(".json"):
-        return bases.resolve(wanted.name, need="config")
-    small = "tiny-t5" if wanted.task == "seq2seq-lm" else "tiny-llama"
-    return bases.resolve(str(shared_folder("configs") / "models" / f"{small}.json"))
 
 
 def _extent(recipe: Recipe, rows: int) -> tuple[int | None, int]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peftctl import base as bases
-from peftctl import checkpoint, jobs, lock, methods, room, signals
+from peftctl import checkpoint, jobs, lock, methods, room, signals, standin
 from peftctl import model as models
 from peftctl.checkpoint import Progress, State
 from peftctl.distributed import World, joined, local_rank
@@ -53,7 +53,7 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         return folder.result()
     with lock.held(folder.path), signals.caught() as stop, display(planned.steps, options.quiet) as shown:
         shown.notice(f"training {planned.counts.trainable:,} parameters ({planned.counts.summary})")
-        for line in planned.data.notes():
+        for line in [*filter(None, [standin.note(planned.recipe, planned.base)]), *planned.data.notes()]:
             shown.notice(line)
         room.check(planned, folder.path, shown.notice)
         state = folder.open(planned, options, shown.notice)

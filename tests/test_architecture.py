@@ -42,6 +42,7 @@ LAYERS = [
     ["trainer"],
     [
         "named",
+        "standin",
         "plan",
         "room",
         "run_folder",

@@ -51,8 +51,6 @@ def test_begins_with_a_comment_a_reader_learns_from(path: Path) -> None:
 
 
 def test_trains_as_a_smoke_run(path: Path) -> None:
-    if path.stem == "minilm-topics" and not Path(recipe.load(path).model.name).is_dir():
-        pytest.skip("without its base a smoke run takes a small Llama, which has no linears of these names")
     check(commands.train(path, [], {}, True, False, OPTIONS), 2, folds(path))
 
 
