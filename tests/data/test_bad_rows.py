@@ -15,6 +15,7 @@ from peftctl.errors import DataError
 from peftctl.objectives import get
 
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+TAGS = {"tokens": ["a", "b"], "tags": ["x", "y"]}
 
 
 def talk(asked: str = "q", answer: Any = "a", **more: Any) -> dict[str, Any]:
@@ -37,7 +38,40 @@ KINDS: dict[str, tuple[str, Any, str]] = {  # the objective, a row or the line's
     "37 a long prompt": ("sft", talk("q" * 99), "the prompt alone has"),
     "37 a long row": ("sft", talk(answer="a" * 99), "more than data.max_length 60"),
     "37 equal answers": ("dpo", {**PAIR, "rejected": "a"}, "chosen equals rejected"),
+    "37 no chosen": ("dpo", {"prompt": "q", "chosen": None, "rejected": "b"}, "no 'chosen'"),
+    "37 pairs without a common prompt": (
+        "dpo",
+        {"chosen": talk("q")["messages"], "rejected": talk("z")["messages"]},
+        "",
+    ),
+    "37 a judgement that is none": ("kto", {"prompt": "q", "completion": "a", "label": "yes"}, "label must be true"),
+    "37 a judged answer that is empty": (
+        "kto",
+        {"prompt": "q", "completion": "", "label": True},
+        "completion is empty",
+    ),
+    "37 a prompt that is a number": ("grpo", {"prompt": 3}, "prompt"),
+    "37 an unknown label": ("classification", {"text": "a", "label": "z"}, "label 'z' is none of x, y"),
+    "37 a text that is null": ("classification", {"text": None, "label": "x"}, "no 'text'"),
+    "37 a label that is no number": ("regression", {"text": "a", "label": "x"}, "label 'x' is no number"),
+    "37 a label that is not finite": ("regression", {"text": "a", "label": "nan"}, "label 'nan' is not finite"),
+    "37 tags that are too few": ("token-classification", {"tokens": ["a", "b"], "tags": ["x"]}, "2 tokens and 1 tags"),
+    "37 tags of which none is learnt": ("token-classification", {**TAGS, "tags": [None, None]}, "would be learnt"),
     "38 an id beyond the vocabulary": ("sft", talk("<|late|>"), "but the base knows ids below"),
+}
+GOOD = {
+    "sft": talk(),
+    "dpo": PAIR,
+    "kto": {"prompt": "q", "completion": "a", "label": True},
+    "grpo": {"prompt": "q"},
+    "classification": {"text": "a", "label": "x"},
+    "regression": {"text": "a", "label": 1},
+    "token-classification": TAGS,
+}
+NEEDED: dict[str, dict[str, Any]] = {
+    "grpo": {"rewards": [{"name": "json"}], "max_new_tokens": 8},
+    "classification": {"labels": ["x", "y"]},
+    "token-classification": {"labels": ["x", "y"]},
 }
 SFT = [kind for kind, (objective, _, _) in KINDS.items() if objective == "sft"]
 
@@ -59,7 +93,7 @@ def lines(rows: list[Any]) -> bytes:
 
 def loaded(chat, objective: str, **options):
     chosen = get(objective)
-    config, vocabulary = chosen.config(name=objective), chat.vocabulary - 1
+    config, vocabulary = chosen.config(name=objective, **NEEDED.get(objective, {})), chat.vocabulary - 1
     return load("rows.jsonl", chat, chosen, config, max_length=60, vocabulary=vocabulary, **options)
 
 
@@ -68,7 +102,7 @@ def loaded(chat, objective: str, **options):
 def test_a_bad_row_gives_its_line(tmp_path, monkeypatch, chat, kind, place):
     monkeypatch.chdir(tmp_path)
     objective, bad, reason = KINDS[kind]
-    good: list[Any] = [PAIR if objective == "dpo" else talk()] * 3
+    good: list[Any] = [GOOD[objective]] * 3
     (tmp_path / "rows.jsonl").write_bytes(lines([*good[:place], bad, *good[place:]]))
     with pytest.raises(DataError) as caught:
         loaded(chat, objective)

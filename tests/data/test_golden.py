@@ -59,7 +59,10 @@ GOLDEN = [
      [f"{USER}cat?{END}\n{SAYS}sat{END}\n{USER}cat?{END}\n{SAYS}[[mat{END}]]\n"]),
     ("kto", "unpaired", {"prompt": "the cat", "completion": " sat", "label": True}, ["the cat[[ sat<|eos|>]]"]),
     ("regression", "labelled", {"text": "the cat", "label": 2.5}, ["the ca[[t]]"]),
+    ("grpo", "prompt", {"prompt": [ASKED], "answer": "sat"}, [f"{USER}cat?{END}\n{SAYS}"]),
+    ("grpo", "prompt", {"prompt": "the cat"}, ["the cat"]),
 ]  # fmt: skip
+NEEDED = {"grpo": {"rewards": [{"name": "json"}]}}
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +74,50 @@ def chat(made):
 def test_row_in_labelled_tokens_out(chat, objective, name, row, expected):
     chosen = get(objective)
     found = decide("rows", list(row), wanted=chosen.kinds)
-    rows = chosen.encode(found.example(row), chat, chosen.config(name=objective))
+    rows = chosen.encode(found.example(row), chat, chosen.config(name=objective, **NEEDED.get(objective, {})))
     assert found.format.name == name
     assert [labelled(chat, (row.ids, row.weights)) for row in rows] == expected
 
 
 def test_every_format_is_among_them():
-    elsewhere = {"tagged", "prompt"}  # test_labelled_rows.py; and a prompt alone has no answer yet
-    assert {name for _, name, _, _ in GOLDEN} >= set(FORMATS) - elsewhere
+    assert {name for _, name, _, _ in GOLDEN} | {name for _, name, *_ in ANSWERED} == set(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "expected"),
+    [
+        ("completion", {"prompt": "question", "completion": "answer"}, "the cat?[[sat<|eos|>]]"),
+        ("alpaca", {"instruction": "question", "output": "answer"}, f"{USER}the cat?{END}\n{SAYS}[[sat{END}]]\n"),
+    ],
+)
+def test_a_question_and_its_answer_by_a_map_of_columns(chat, name, columns, expected):
+    sft = get("sft")
+    found = decide("rows", ["question", "answer"], "auto", columns, sft.kinds)
+    example = found.example({"question": "the cat?", "answer": "sat"})
+    [row] = sft.encode(example, chat, sft.config(name="sft"))
+    assert (found.format.name, labelled(chat, (row.ids, row.weights))) == (name, expected)
+
+
+ANSWERED = [
+    ("classification", "labelled", ["plant", "animal"], {"text": "the cat", "label": "animal"}, "the cat=animal"),
+    ("classification", "labelled", ["plant", "animal"], {"text": "the cat", "label": 0}, "the cat=plant"),
+    ("classification", "labelled", ["no", "yes"], {"text": "cat", "text_pair": "mat", "label": "yes"}, "cat\nmat=yes"),
+    ("token-classification", "tagged", ["DET", "NOUN"],
+     {"tokens": ["the", "cat", "sat"], "tags": ["DET", "NOUN", None]}, "t=DEThe c=NOUNat sat"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("objective", "name", "labels", "row", "expected"), ANSWERED)
+def test_row_in_labels_out(chat, objective, name, labels, row, expected):
+    """Each token, and behind it what is to be answered there."""
+    chosen = get(objective)
+    found = decide("rows", list(row), wanted=chosen.kinds)
+    [encoded] = chosen.encode(found.example(row), chat, chosen.config(name=objective, labels=labels))
+    told = [
+        chat.decode([index], special=True) + (f"={labels[int(target)]}" if weight else "")
+        for index, weight, target in zip(encoded.ids, encoded.weights, encoded.targets, strict=True)
+    ]
+    assert (found.format.name, "".join(told)) == (name, expected)
 
 
 TURNS = f"{USER}cat?{END}\n{SAYS}sat{END}\n{USER}cat?{END}\n{SAYS}mat{END}\n"

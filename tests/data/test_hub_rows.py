@@ -84,3 +84,13 @@ def test_a_split_is_fetched_once_and_used_offline(tmp_path, folder):
         )
         assert again == plain and not server.asked
         assert all(said in found for found, said in zip(wrong, OFFLINE.values(), strict=True)), wrong
+
+
+def test_a_data_set_with_a_script_is_refused_and_nothing_of_it_is_run(tmp_path):
+    folder, ran = tmp_path / "scripted", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "set.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    with hub.serving("owner/set", folder, "datasets") as server:
+        [told] = validated(tmp_path, server.endpoint, "{hub: owner/set}")
+    assert told == "data set owner/set comes with a script of its own, which is never run; name its files as path"
+    assert not ran.exists()
