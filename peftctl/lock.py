@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,48 @@ from peftctl.errors import InputError
 NAME = "lock"
 
 
+def check(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, at once and without a trace. Raises InputError."""
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if "\0" in str(folder):
+        raise InputError(f"output: {str(folder)!r} cannot be made: no name may hold that")
+    if not place.is_dir():
+        raise InputError(f"output: {str(folder)!r} cannot be made: {place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"output: {str(folder)!r} cannot be written: {place} is read-only, or another user's")
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Make the folder and hold its lock. A lock whose process is gone is taken over. Raises InputError."""
     lock = folder / NAME
     _make(folder)
-    own = {"pid": os.getpid(), "host": socket.gethostname()}
-    if not _created(lock, own):
-        holder = _read(lock)
-        if holder != own and _alive(holder):
-            raise InputError(
-                f"{folder} is being written by process {holder['pid']} on {holder['host']}; "
-                f"if that is not so, remove {lock}"
-            )
-        storage.write_file(lock, json.dumps(own).encode())
+    own = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
+    with _one_at_a_time(folder):
+        if not _created(lock, own):
+            holder = _read(lock)
+            if holder != own and _alive(holder):
+                raise InputError(
+                    f"{folder} is being written by process {holder['pid']} on {holder['host']}; "
+                    f"if that is not so, remove {lock}"
+                )
+            storage.write_file(lock, json.dumps(own).encode())
     try:
         yield
     finally:
         lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Of those that find one stale lock, each judges it after the other has taken it over."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without such locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _make(folder: Path) -> None:
@@ -77,5 +102,17 @@ def _alive(holder: dict[str, Any]) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    # numbers are given anew, soon after the machine was started again
+    return holder.get("started") in (None, _started(pid))
+
+
+def _started(pid: int) -> str | None:
+    """When a process that runs began, in words that no other of its number shares; None where nothing tells."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+    except OSError:
+        return None
+    state, *numbers = stat.rpartition(")")[2].split()  # after the name, which may hold anything
+    return None if state == "Z" else f"{boot} {numbers[18]}"  # Z: it has ended, and nobody has asked how

@@ -47,6 +47,8 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
 def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     begun = time.perf_counter()
     folder = RunFolder(Path(recipe.output), options)
+    if folder.document.get("status") != "finished":  # whose result can be told again without a word written
+        lock.check(folder.path)
     planned = plan(recipe, options._replace(now=folder.now()))
     if options.resume and folder.finished(planned):
         world.gather(None)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +104,45 @@ def test_a_stale_lock_is_taken_over(content: str, tmp_path: Path) -> None:
     (output / "lock").write_text(content.replace("HOST", socket.gethostname()))
     runs.train(output, runs.document(train={"max_steps": 1}))
     assert not (output / "lock").exists()
+
+
+@pytest.mark.fault(15)
+def test_a_lock_of_another_process_with_its_number_is_stale(tmp_path: Path) -> None:
+    """After a restart of the machine numbers are given again; one that ended and was never asked for is no writer."""
+    output = tmp_path / "run"
+    holder = {"pid": os.getppid(), "host": socket.gethostname()}
+    for started, alive in (("another boot 17", False), (lock._started(os.getppid()), True)):
+        output.mkdir(exist_ok=True)
+        (output / "lock").write_text(json.dumps(holder | {"started": started}))
+        with pytest.raises(InputError, match="is being written") if alive else nullcontext(), lock.held(output):
+            assert json.loads((output / "lock").read_text())["pid"] == os.getpid()
+    child = begun(lambda: None)
+    started = lock._started(child)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    (output / "lock").write_text(json.dumps({"pid": child, "host": socket.gethostname(), "started": started}))
+    with lock.held(output):
+        pass
+    assert ended(child) == 0
+
+
+@pytest.mark.fault(15)
+def test_of_several_that_find_a_stale_lock_one_takes_it_over(tmp_path: Path) -> None:
+    _lock(tmp_path, 4194305, socket.gethostname())
+    at = time.monotonic() + 0.3
+
+    def work() -> None:
+        time.sleep(max(0.0, at - time.monotonic()))
+        try:
+            with lock.held(tmp_path):
+                (tmp_path / f"held-{os.getpid()}").touch()
+                while len(list(tmp_path.glob("refused-*"))) < 5 and time.monotonic() < at + 30:
+                    time.sleep(0.05)
+        except InputError:
+            (tmp_path / f"refused-{os.getpid()}").touch()
+
+    children = [begun(work) for _ in range(6)]
+    assert [ended(child) for child in children] == [0] * 6
+    assert (len(list(tmp_path.glob("held-*"))), len(list(tmp_path.glob("refused-*")))) == (1, 5)
 
 
 def _lock(output: Path, pid: int, host: str) -> None:

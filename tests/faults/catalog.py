@@ -30,7 +30,7 @@ FAULTS = (
     Fault(15, "two runs into one folder", "the second is refused with process and host; a stale lock is taken over"),
     Fault(16, "disk full during a save", "earlier checkpoints stay, bytes needed and free told; looked at beforehand"),
     Fault(17, "temporary folder full", "saving needs none"),
-    Fault(18, "output read-only, a file, without parent", "refused before the model is loaded"),
+    Fault(18, "output read-only, a file, without parent", "refused in less than a second, before data and model"),
     Fault(19, "fsync or rename fails", "a failed save, never reported as saved"),
     Fault(20, "merge interrupted", "no output at all; nothing that loads"),
     Fault(21, "tensors cut off at any boundary", "refused with file and sizes; the checkpoint before is taken"),

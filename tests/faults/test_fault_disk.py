@@ -260,14 +260,51 @@ def _with_a_nul(folder: Path) -> Path:
 @pytest.mark.fault(18)
 @pytest.mark.usefixtures("unloaded")
 @pytest.mark.parametrize("place", [_a_file, _below_a_file, _with_a_nul])
-def test_an_output_that_cannot_be_a_folder(place: Callable[[Path], Path], tmp_path: Path, seen: Seen) -> None:
+def test_an_output_that_cannot_be_a_folder(
+    place: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Seen
+) -> None:
     output = place(tmp_path)
     recipe = runs.loaded(tmp_path / "other", EVERY_STEP).model_copy(update={"output": str(output)})
+    monkeypatch.setattr(run, "plan", lambda *_: pytest.fail("the data was read first"))
     begun = time.perf_counter()
     with pytest.raises(InputError, match=r"output: .*cannot be made") as caught:
         run.train(recipe, Options(quiet=True))
     assert time.perf_counter() - begun < 1 and "\n" not in str(caught.value)
     seen(caught)
+
+
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.skipif(not shutil.which("mount"), reason="there is no mount command")
+def test_an_output_on_a_read_only_disk_is_told_before_data_and_model(
+    exists: bool, small: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Seen
+) -> None:
+    disk = small("1m")
+    output = disk / "deep" / "run"
+    if exists:
+        output.mkdir(parents=True)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    recipe = runs.loaded(tmp_path / "other", EVERY_STEP).model_copy(update={"output": str(output)})
+    monkeypatch.setattr(run, "plan", lambda *_: pytest.fail("the data was read first"))
+    begun = time.perf_counter()
+    with pytest.raises(InputError, match=r"output: .*run' cannot be written: .* is read-only") as caught:
+        run.train(recipe, Options(quiet=True))
+    assert time.perf_counter() - begun < 1
+    seen(caught)
+
+
+@pytest.mark.fault(7, 18)
+@pytest.mark.skipif(not shutil.which("mount"), reason="there is no mount command")
+def test_a_finished_run_on_a_read_only_disk_still_tells_its_result(
+    small: Callable[[str], Path], trained: Path, tmp_path: Path
+) -> None:
+    stored = runs.document(model={"name": str(trained / "base")}, train={"max_steps": 1})
+    loaded = runs.loaded(tmp_path / "other", stored)
+    disk = small("4m")
+    loaded = loaded.model_copy(update={"output": str(disk / "run")})
+    before = run.train(loaded, Options(quiet=True, verify=False))
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    assert run.train(loaded, Options(quiet=True, resume=True)) == before
 
 
 @pytest.mark.fault(18)
