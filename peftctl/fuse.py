@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,19 +166,18 @@ def _restore(modules: Iterable[nn.Module]) -> None:
 
 
 def affordable(model: nn.Module) -> bool:
-    """Whether packed copies of the matrices pay and fit: in float32, and in half of the memory that is free."""
+    """Whether packed copies of the matrices pay and fit: in float32, and in a quarter of the machine's memory.
+
+    Of all of it, not of what is free just now: the same recipe is to give the same bits.
+    """
     weights = [p for p in model.parameters() if p.ndim == 2]
     needed = 2 * sum(p.numel() * p.element_size() for p in weights)
-    return all(p.dtype is torch.float32 and packable(p) for p in weights) and needed < free_memory() / 2
+    return all(p.dtype is torch.float32 and packable(p) for p in weights) and needed < memory() / 4
 
 
-def free_memory() -> int:
-    """Bytes that can be had without swapping, as far as the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+def memory() -> int:
+    """Bytes that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _product_at(attachment: Attachment, indices: Sequence[int]) -> Delta | None:

@@ -160,7 +160,8 @@ class TrainConfig(Block):
     fuse: bool = Field(True, description="compute linears that share an input together, by kernels of our own")
     pack_weights: bool | None = Field(
         None,
-        description="keep copies of the matrices as the CPU multiplies fastest; null: for float32, where memory allows",
+        description="keep copies of the matrices as the CPU multiplies fastest; null: for float32, where they take "
+        "less than a quarter of the machine's memory",
     )
     cache_reference: bool = Field(
         True, description="compute the reference's log-probabilities once, where a run sees rows more than once"

@@ -220,7 +220,7 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
 
 def test_packing_is_for_float32_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert affordable(tiny("llama")) and not affordable(tiny("llama").to(torch.bfloat16))
-    monkeypatch.setattr("peftctl.fuse.free_memory", lambda: 1000)
+    monkeypatch.setattr("peftctl.fuse.memory", lambda: 1000)
     assert not affordable(tiny("llama"))
 
 

@@ -16,22 +16,69 @@ import torch
 import transformers
 from torch import Tensor
 
-from peftctl import opened, run
+from peftctl import lock, opened, run
 from peftctl.batch import build
 from peftctl.errors import InputError
 from peftctl.row import Row
 from tests import runs
+from tests.faults.processes import begun, ended
 
 IDS = tuple(range(20, 45))
+BOTH = ("sft", "dpo")
 
 
 @pytest.mark.parametrize("method", runs.names())
 @pytest.mark.fault(46)
 def test_the_same_recipe_twice_gives_the_same_bits(method: str, tmp_path: Path) -> None:
+    """First what comes first, so that a difference is told where it begins."""
     results = [runs.train(tmp_path / name, runs.document(method), verify=True) for name in ("one", "two")]
-    one, two = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("one", "two"))
-    assert one.read_bytes() == two.read_bytes()
+    one, two = tmp_path / "one", tmp_path / "two"
+    for name in ("base/model.safetensors", "recipe.yaml"):
+        assert (one / name).read_bytes().replace(b"/one", b"/two") == (two / name).read_bytes()
+    choices = [json.loads((path / "run.json").read_text())["choices"] | {"now": None} for path in (one, two)]
+    assert choices[0] == choices[1]
+    assert runs.untimed(one) == runs.untimed(two)
+    assert runs.bits(one) == runs.bits(two)
     assert results[0]["proof"]["max_difference"] == 0
+
+
+@pytest.mark.fault(46)
+def test_what_memory_is_free_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice that depends on what else runs would give other bits."""
+    read, lines = Path.read_text, "MemTotal: 9000000 kB\nMemFree: 1 kB\nMemAvailable: 1 kB\n"
+    runs.train(tmp_path / "much", runs.document())
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, *rest, **more: lines if path.name == "meminfo" else read(path, *rest, **more)
+    )
+    runs.train(tmp_path / "little", runs.document())
+    assert runs.bits(tmp_path / "much") == runs.bits(tmp_path / "little")
+
+
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [
+        ("prefix", "sft"),
+        *(pytest.param(method, objective, marks=pytest.mark.slow) for method in runs.names() for objective in BOTH),
+    ],
+)
+@pytest.mark.fault(46)
+def test_what_memory_held_before_changes_no_bit(method: str, objective: str, tmp_path: Path) -> None:
+    """Memory that is had and not yet written to is NaN here: who reads it would learn NaN."""
+    runs.train(tmp_path / "plain", runs.document(method, objective))
+    with filled():
+        runs.train(tmp_path / "filled", runs.document(method, objective))
+    assert runs.untimed(tmp_path / "plain") == runs.untimed(tmp_path / "filled")
+    assert runs.bits(tmp_path / "plain") == runs.bits(tmp_path / "filled")
+
+
+@contextmanager
+def filled() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(("device", "told"), [("cpu", []), ("cuda", ["on cuda some kernels are not deterministic"])])
@@ -42,7 +89,7 @@ def test_who_cannot_promise_equal_bits_says_so(device: str, told: list[str]) -> 
     assert [text.partition(":")[0] for text in said] == told
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", BOTH)
 @pytest.mark.fault(46)
 def test_what_other_runs_have_kept_changes_no_bit(
     objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -53,11 +53,11 @@ FAULTS = (
     Fault(38, "tokenizer beyond the embedding, pad = eos", "refused beforehand; eos stays a label"),
     Fault(39, "data changed, cache damaged", "refused; made anew"),
     Fault(40, "fewer rows than a batch", "works, or one line"),
-    Fault(41, "NaN in loss or gradient", "stopped before the update, rows named"),
+    Fault(41, "NaN in loss or gradient", "no update; stopped with the rows named, or a few steps skipped"),
     Fault(42, "NaN in the log", "written, not filtered"),
     Fault(43, "out of memory", "the levers, and a run to go on with"),
     Fault(44, "training stands still", "stopped with likely causes"),
     Fault(45, "4 x 1 against 1 x 4", "equal by token"),
-    Fault(46, "the same recipe twice", "equal bits on the CPU, whatever others have kept; a notice elsewhere"),
+    Fault(46, "the same recipe twice", "equal bits on the CPU, whatever else runs or was kept; a notice elsewhere"),
 )
 NUMBERS = {fault.number: fault for fault in FAULTS}
