@@ -27,12 +27,15 @@ REQUIRED = ("adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "
 
 class Progress(NamedTuple):
     """How far a run is. `position`: where its data goes on, by default the number of examples consumed; `seconds`: the
-    time spent on all of it."""
+    time spent on all of it; `skipped`: how many of the last steps in a row were passed over, because a loss or a
+    gradient was not finite.
+    """
 
     step: int = 0
     position: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    skipped: int = 0
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def job(
         stop=stop,
         after_backward=training.attachment.after_backward,
         max_grad_norm=settings.max_grad_norm,
+        most_skipped=settings.max_skipped if settings.on_nan == "skip_step" else 0,
         max_seconds=None if settings.max_time is None else 60 * settings.max_time,
         eval_every=settings.eval_every,
         save_every=settings.save_every,

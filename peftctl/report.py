@@ -22,7 +22,7 @@ Event = Mapping[str, Any]
 Sink = Callable[[Event], None]
 
 _QUALITY = ("reward", "token_accuracy", "accuracy", "margin", "f1_macro", "matthews", "pearson")
-_SHOWN = ("loss", "validation_loss", *_QUALITY, *(f"validation_{name}" for name in _QUALITY), "lr", "tokens_per_s")
+_SHOWN = ("loss", "skipped", "validation_loss", *_QUALITY, *(f"validation_{n}" for n in _QUALITY), "lr", "tokens_per_s")
 
 
 def tee(*sinks: Sink) -> Sink:
@@ -103,7 +103,7 @@ class Latest:
 
 
 class Lines:
-    """Progress as plain lines: the first and the last step, some twenty between, every evaluation."""
+    """Progress as plain lines: the first and the last step, some twenty between, every evaluation and skipped step."""
 
     def __init__(self, steps: int, stream: TextIO) -> None:
         self.steps = steps
@@ -111,7 +111,8 @@ class Lines:
 
     def __call__(self, event: Event) -> None:
         every = max(1, self.steps // 20)
-        if event["event"] != "step" or event["step"] in (1, self.steps) or event["step"] % every == 0:
+        told = event["event"] != "step" or "skipped" in event
+        if told or event["step"] in (1, self.steps) or event["step"] % every == 0:
             self.notice(describe(event, self.steps))
 
     def notice(self, text: str) -> None:
@@ -125,7 +126,7 @@ class Lines:
 
 
 class Bar:
-    """Progress as a bar with the latest figures; evaluations stay above it."""
+    """Progress as a bar with the latest figures; evaluations and skipped steps stay above it."""
 
     def __init__(self, steps: int, stream: TextIO) -> None:
         from rich.console import Console
@@ -139,7 +140,7 @@ class Bar:
     def __call__(self, event: Event) -> None:
         if event["event"] == "step":
             self._progress.update(self._task, completed=event["step"], description=figures(event))
-        else:
+        if event["event"] != "step" or "skipped" in event:
             self.notice(describe(event, self.steps))
 
     def notice(self, text: str) -> None:

@@ -83,7 +83,8 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         written = _write(planned, folder, training)
         proof = prove(training.policy, training.start, planned, written) if options.verify else None
         merged = _merged(folder, written, shown.notice) if random_base else None
-    events = {event["event"]: event for event in read(log)}  # the last of each kind
+    # the last of each kind; a skipped step has no loss to speak of
+    events = {event["event"]: event for event in read(log) if "skipped" not in event}
     result = _result(folder, written, progress, events, proof, merged, time.perf_counter() - begun) | best
     return folder.finish(result if shares is None else result | {"profile": shares})
 

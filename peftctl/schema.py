@@ -135,6 +135,10 @@ class TrainConfig(Block):
     )
     weight_decay: float = Field(0.0, ge=0, description="spares tensors of one dimension")
     max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
+    on_nan: Literal["stop", "skip_step"] = Field(
+        "stop", description="a step whose loss or gradient is not finite: end the run, or leave its update out"
+    )
+    max_skipped: int = Field(3, ge=1, description="steps in a row that skip_step may leave out before the run ends")
     router_loss: float | None = Field(
         None,
         ge=0,

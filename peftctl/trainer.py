@@ -84,6 +84,7 @@ class Job:
     stop: Callable[[], int | None] = lambda: None  # the signal that asked to stop
     after_backward: Callable[[int, int], None] = lambda step, total: None
     max_grad_norm: float | None = 1.0
+    most_skipped: int = 0  # steps in a row that may be passed over because their loss or gradient is not finite
     max_seconds: float | None = None
     eval_every: int | None = None
     save_every: int | None = None
@@ -118,19 +119,26 @@ def train(job: Job, progress: Progress) -> Progress:
             job.optimizer.zero_grad(set_to_none=True)
             loss, metrics = _backward(job.question, batches, step, _device(job.parameters), job.world)
             job.world.add_gradients(job.parameters)
-            job.after_backward(step, job.steps)
-            norm = _clip(job.parameters, job.max_grad_norm)
-            _require_finite(job.emit, step, loss, norm, lr, batches)
-            job.optimizer.step()
+            whole = nn.utils.get_total_norm([p.grad for p in job.parameters.values() if p.grad is not None])
+            norm = float(whole)
+            skipped = _skipped(job, progress, loss, norm, lr, batches)
+            if not skipped:
+                job.after_backward(step, job.steps)
+                if job.max_grad_norm is not None:
+                    nn.utils.clip_grads_with_norm_(job.parameters.values(), job.max_grad_norm, whole)
+                job.optimizer.step()
 
         now = time.perf_counter()
         tokens = sum(batch.real_tokens for batch in batches)
         passed: float = job.world.gather(now - origin)[0]  # one clock for all, as it may end the run
-        progress = Progress(step, position, progress.tokens + tokens, passed)
+        progress = Progress(step, position, progress.tokens + tokens, passed, skipped)
         event = {"event": "step", "step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
         event |= {"tokens_per_s": tokens / (now - begun), "seconds": now - begun}
+        if skipped:
+            event |= {"skipped": skipped, "examples": _examples(batches)}
         job.emit(event | metrics | event)  # a metric of one of these names does not replace it
-        still.check(step, loss, lr, norm)
+        if not skipped:
+            still.check(step, loss, lr, norm)
         _between(job, progress)
     return progress
 
@@ -224,21 +232,22 @@ def _detached(loss: Loss) -> Loss:
     return Loss(terms, {name: (s.detach(), n.detach()) for name, (s, n) in loss.metrics.items()})
 
 
-def _clip(parameters: Mapping[str, nn.Parameter], largest: float | None) -> float:
-    """Norm of all gradients, which are scaled down to `largest` where there is one."""
-    tensors = list(parameters.values())
-    return float(nn.utils.clip_grad_norm_(tensors, math.inf if largest is None else largest))
+def _skipped(job: Job, progress: Progress, loss: float, norm: float, lr: float, batches: Sequence[Batch]) -> int:
+    """How many steps in a row have now been passed over, this one included; 0 where loss and gradient are finite.
 
-
-def _require_finite(
-    emit: Callable[[Event], None], step: int, loss: float, norm: float, lr: float, batches: Sequence[Batch]
-) -> None:
+    Raises TrainingError where that is more than may be.
+    """
     if math.isfinite(loss) and math.isfinite(norm):
-        return
-    emit({"event": "failure", "step": step, "loss": loss, "lr": lr, "grad_norm": norm})  # the log hides nothing
+        return 0
+    if progress.skipped < job.most_skipped:
+        return progress.skipped + 1
+    step = progress.step + 1
+    job.emit({"event": "failure", "step": step, "loss": loss, "lr": lr, "grad_norm": norm})  # the log hides nothing
+    before = f", after {progress.skipped} skipped steps in a row" if progress.skipped else ""
     raise TrainingError(
-        f"step {step}: the loss is {loss}, the gradient norm {norm} (lr {lr:.3g}, examples {_examples(batches)}); "
-        "stopped before the update, so earlier checkpoints are sound: lower train.learning_rate or look at these rows"
+        f"step {step}{before}: the loss is {loss}, the gradient norm {norm} (lr {lr:.3g}, examples "
+        f"{_examples(batches)}); stopped before the update, so earlier checkpoints are sound: "
+        "lower train.learning_rate or look at these rows"
     )
 
 

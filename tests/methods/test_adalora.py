@@ -84,6 +84,21 @@ def test_the_budget_is_shared_by_all_and_final_at_the_end() -> None:
         assert not pruned.any() and delta.e[delta.keep == 0].all()
 
 
+def test_where_the_last_prunings_own_step_is_skipped_the_next_one_prunes() -> None:
+    config = adalora(rank=2, initial_rank=6, interval=2, budget_final=0.25)
+    _, attachment = contract.attached(config, "llama")
+    for step in (*range(1, 12), 14):  # 12 is the last pruning's, 13 was skipped as well
+        scrambled(attachment, step)
+        attachment.after_backward(step, 16)
+    kept = [int(delta.keep.sum()) for delta in attachment.deltas]
+    assert sum(kept) == 2 * 14
+    held = {name: tensor.clone() for name, tensor in attachment.tensors().items()}
+    scrambled(attachment, 15)
+    attachment.after_backward(15, 16)
+    assert [int(delta.keep.sum()) for delta in attachment.deltas] == kept
+    assert all(torch.equal(held[n], t) for n, t in attachment.tensors().items() if "importance" in n), "for good"
+
+
 def test_a_frozen_copy_is_not_pruned_with_the_policy() -> None:
     model, attachment = contract.attached(adalora(rank=2), "llama")
     contract.disturb(attachment)

@@ -109,12 +109,14 @@ class AdaloraAttachment(Attachment):
     @torch.no_grad()
     def after_backward(self, step: int, total: int) -> None:
         schedule = Schedule.of(self.config, total)
-        if step > schedule.end:
+        budget = schedule.budget(step, len(self.decompositions))
+        late = step > schedule.end
+        if late and int(torch.stack([delta.keep.sum() for delta in self.decompositions]).sum()) <= budget:
             return
         for delta in self.decompositions:
             delta.observe(self.config)
-        if schedule.prunes(step):
-            self._prune(schedule.budget(step, len(self.decompositions)), final=step == schedule.end)
+        if late or schedule.prunes(step):  # late: the last pruning's own step was skipped
+            self._prune(budget, final=step >= schedule.end)
 
     def _prune(self, budget: int, final: bool) -> None:
         """Zero the singular values of the least important triplets. They may grow again, unless it is for good."""
