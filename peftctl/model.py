@@ -119,7 +119,8 @@ def _dtype(name: str, device: str) -> torch.dtype | str:
 def _config(base: Base, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    settings = base.settings()
+    # of the attention a name is left out: who attends is decided here, and transformers may fetch what has that name
+    settings = {k: v for k, v in base.settings().items() if "attn_implementation" not in k}
     names = {} if base.task is None else labelled(base.task)
     if names:
         settings = {k: v for k, v in settings.items() if k not in ("num_labels", "problem_type")} | names

@@ -9,15 +9,16 @@ import resource
 import shutil
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from peftctl import recipe, run
+from peftctl import cli, recipe, run
 from peftctl.data import cache
-from peftctl.errors import RecipeError
+from peftctl.errors import PeftctlError, RecipeError
 from peftctl.plan import Options
 from tests import runs
 from tests.faults.conftest import Answer, Seen
@@ -62,6 +63,59 @@ def test_pickles_are_never_opened(trained: Path, tmp_path: Path, call: Call, see
     seen(refused.err.strip().removeprefix("peftctl: error: "))
 
 
+# what peers unpickle: data, or what is gone on from, and how its reader is reached
+PICKLED: dict[str, tuple[str, dict[str, Any]]] = {
+    "data": ("rows.pkl", {"data": {"train": "{}"}}),
+    "tensors as data": ("rows.pt", {"data": {"train": "{}"}}),
+    "numbers as data": ("rows.npy", {"data": {"train": "{}"}}),
+    "data under a plain name": ("rows.jsonl", {"data": {"train": "{}"}}),
+    "data in a table's name": ("rows.parquet", {"data": {"train": "{}"}}),
+    "a folder of data": ("rows/dataset.pkl", {"data": {"train": "{}"}}),
+    "held-out data": ("held.pkl", {"data": {"validation": "{}"}}),
+    "a tokenizer": ("tokenizer/tokenizer.json", {"model": {"tokenizer": "{}"}}),
+    "a template": ("template.jinja", {"data": {"chat_template": "{}"}}),
+    "where to begin": ("begin/adapter_model.bin", {"method": {"init_from": "{}"}}),
+    "what to compare with": ("compared/adapter_model.bin", {"objective": {"name": "dpo", "reference": "{}"}}),
+    "a base": ("base/pytorch_model.bin", {"model": {"name": "{}"}}),
+}
+
+
+@pytest.mark.fault(27)
+@pytest.mark.parametrize("what", PICKLED)
+def test_a_recipe_that_names_a_pickle_is_refused(what: str, trained: Path, tmp_path: Path, call: Call) -> None:
+    name, blocks = PICKLED[what]
+    path, canary = tmp_path / name, tmp_path / "canary"
+    if path.parent.name in ("begin", "compared"):
+        shutil.copytree(trained / "adapter", path.parent)
+        (path.parent / "adapter_model.safetensors").unlink()
+    elif path.parent.name == "base":
+        shutil.copytree(trained / "base", path.parent)
+        (path.parent / "model.safetensors").unlink()
+    elif path.parent.name == "tokenizer":
+        shutil.copytree(runs.CONFIGS / "tokenizer", path.parent)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps(Canary(canary)))
+    told = str(path.parent if path.parent != tmp_path else path)
+    named = {block: {k: v.replace("{}", told) for k, v in keys.items()} for block, keys in blocks.items()}
+    objective = named.get("objective", {}).get("name", "sft")
+    recipe = runs.written(tmp_path / "run", runs.document("lora", objective, **named))
+    answer = call("--quiet", "train", recipe)
+    assert answer.code == 2 and answer.err.startswith("peftctl: error: ") and "Traceback" not in answer.err
+    assert not canary.exists()
+
+
+@pytest.mark.fault(27)
+def test_a_peers_checkpoint_is_not_gone_on_from(tmp_path: Path, call: Call) -> None:
+    canary, folder = tmp_path / "canary", tmp_path / "theirs" / "checkpoint-10"
+    folder.mkdir(parents=True)
+    for name in PICKLES:
+        (folder / name).write_bytes(pickle.dumps(Canary(canary)))
+    recipe = runs.written(tmp_path / "run", EVERY_STEP)
+    for words in (["--resume-from", folder], ["--resume", "--output", folder.parent]):
+        assert call("--quiet", "train", recipe, *words).code == 2
+    assert not canary.exists()
+
+
 @pytest.mark.fault(27, 39)
 def test_what_is_kept_between_runs_is_no_pickle_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Seen
@@ -90,6 +144,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "told to trust": {"trust_remote_code": True, "auto_map": {"AutoConfig": "own.Config"}},
     "attention": {"_attn_implementation": "someone/kernel", "trust_remote_code": True},
     "attention inside": {"attn_implementation": "someone/kernel", "_attn_implementation_internal": "someone/kernel"},
+    "attention paged": {"attn_implementation": "paged|someone/kernel"},
+    "attention by parts": {"attn_implementation": {"text_config": "someone/kernel@v1:function"}},
+    "attention below": {"text_config": {"_attn_implementation": "someone/kernel"}},
+    "experts": {"experts_implementation": "someone/kernel"},
 }
 
 
@@ -118,13 +176,46 @@ def test_code_that_comes_with_a_model_is_not_run(
     (base / "config.json").write_text(json.dumps(config | CONFIGS[kind]))
     for name in ("own.py", "configuration_own.py", "modeling_own.py", "__init__.py"):
         (base / name).write_text(CODE.format(canary=str(canary)))
-    answer = call("generate", base, "--prompt", "x", "--max-new-tokens", 1)
-    contents = runs.document(model={"name": str(base)})
-    call("--quiet", "train", runs.written(tmp_path / "run", contents), "--no-verify")
+    recipe = runs.written(tmp_path / "run", runs.document(model={"name": str(base)}))
+    answers = [
+        call("generate", base, "--prompt", "x", "--max-new-tokens", 1),
+        call("--quiet", "train", recipe, "--no-verify"),
+        call("validate", recipe),
+        call("count-params", recipe),
+        call("merge", trained / "adapter", "--base", base, "--output", tmp_path / "merged"),
+    ]
     assert not canary.exists() and not unconnected
-    if "auto_map" in CONFIGS[kind]:
-        assert answer.code == 2 and "brings its own code" in answer.err
-        seen(answer.err.strip().removeprefix("peftctl: error: "))
+    for answer in answers:
+        assert answer.code == 2 and "brings its own code: read it, then pass --trust-remote-code" in answer.err
+    seen(answers[0].err.strip().removeprefix("peftctl: error: "))
+
+
+@pytest.mark.fault(28)
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention", "eager", None])
+def test_the_attention_that_a_config_names_is_not_fetched(
+    name: str | None, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
+) -> None:
+    """transformers takes a hub's kernel in place of a library that is not installed; ours attends in any case."""
+    from transformers import PreTrainedModel, modeling_utils
+
+    def load(implementation: str, **more: Any) -> None:
+        raise AssertionError(f"{implementation} was asked for")
+
+    asked: list[Any] = []
+    checked = PreTrainedModel._check_and_adjust_attn_implementation
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", load)
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "_check_and_adjust_attn_implementation",
+        lambda self, wanted, *rest, **more: asked.append(wanted) or checked(self, wanted, *rest, **more),
+    )
+    base = Path(shutil.copytree(trained / "base", tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"_attn_implementation": name, "attn_implementation": name}))
+    answer = call("generate", base, "--prompt", "x", "--max-new-tokens", 1)
+    assert answer.code == 0, answer.err
+    assert asked and (name is None or name not in asked)
 
 
 @pytest.mark.fault(28)
@@ -204,13 +295,16 @@ def test_an_output_is_a_path_and_nothing_else(
     seen("a folder of that very name")
 
 
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY")
+
+
 @pytest.mark.fault(35)
 def test_a_run_on_local_files_reaches_for_nothing_and_tells_no_token(
     trained: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch, unconnected: list[Any], seen: Seen
 ) -> None:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    for name in SECRETS:
         monkeypatch.setenv(name, "hf_canary")
     output = tmp_path / "run"
     path = runs.written(output, runs.document(model={"name": str(trained / "base")}))
@@ -219,8 +313,16 @@ def test_a_run_on_local_files_reaches_for_nothing_and_tells_no_token(
         call("generate", output, "--prompt", "x", "--max-new-tokens", 1),
         call("eval", output, "--data", runs.CONFIGS / "data" / "messages.jsonl"),
         call("merge", output, "--output", tmp_path / "merged"),
+        call("export", output / "adapter", "--to", "peft", "--output", tmp_path / "exported"),
+        call("validate", path, "--json"),
+        call("count-params", path),
     ]
-    assert [answer.code for answer in answers] == [0] * 4 and not unconnected
+    assert [answer.code for answer in answers] == [0] * 7 and not unconnected
+    wrong = runs.written(tmp_path / "wrong", runs.document(model={"name": str(tmp_path / "nowhere")}))
+    for refused in (wrong, path):
+        with pytest.raises(PeftctlError) as caught:
+            cli.main(["--debug", "train", str(refused)])
+        assert "hf_canary" not in "".join(traceback.format_exception(caught.value))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if b"hf_canary" in path.read_bytes()]
     assert not [answer for answer in answers if "hf_canary" in answer.out + answer.err]
