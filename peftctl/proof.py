@@ -37,7 +37,7 @@ def prove(policy: Policy, start: dict[str, Tensor], planned: Plan, written: Path
             "training changed no parameter: the learning rate may be too small, or no label depends on the adapter"
         )
     difference = _difference(policy, planned, written)
-    if difference > 1e-3:
+    if not difference <= 1e-3:  # which NaN is not either
         raise TrainingError(f"{written} does not give the trained answers: they differ by {difference:.1e}")
     return Proof(moved, difference, time.perf_counter() - begun)
 
