@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 from torch import nn
 
 from peftctl import cli
-from peftctl.distributed import joined
+from peftctl.data.batches import each_once
+from peftctl.distributed import World, joined
 from peftctl.errors import InputError, TrainingError
+from peftctl.gathered import gathered
 from peftctl.launch import free_port, launch
+from peftctl.objectives.base import Loss, Term
 from peftctl.policy import Policy
 from peftctl.trainer import Question
 from tests import runs
@@ -66,6 +70,72 @@ def test_two_processes_give_the_bits_of_one(
     assert trained(runs.written(tmp_path / "two", contents)) == [0, 0]
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
     assert runs.untimed(tmp_path / "two") == runs.untimed(tmp_path / "one")
+
+
+BEST = {"max_steps": 12, "learning_rate": 0.2, "eval_every": 1, "schedule": "constant", "warmup": 0}
+BEST |= {"early_stopping": 2, "keep_best": True}
+MIXTURE = {"name": str(runs.CONFIGS / "models" / "tiny-mixtral.json")}
+# what each says about all: when to end, how good a head is, how evenly experts are used
+TOLD: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "early stopping": ("lora", "sft", {"train": BEST}),
+    "f1": (
+        "lora",
+        "classification",
+        {
+            "model": {"task": "sequence-classification"},
+            "train": BEST | {"best_by": "f1_macro", "early_stopping": 4},
+            "data": {"validation": 0.5, "limit": None},
+        },
+    ),
+    "router loss": (
+        "lora",
+        "sft",
+        {
+            "model": MIXTURE,
+            "method": {"target_modules": ["o_proj", "experts.down_proj"]},
+            "train": {"router_loss": 0.1, "max_steps": 2},
+        },
+    ),
+}
+
+
+@pytest.mark.fault(45)
+@pytest.mark.parametrize("kind", TOLD)
+def test_what_is_measured_over_all_is_that_of_one(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out rows come in several micro-batches, of which each process has some."""
+    method, objective, blocks = TOLD[kind]
+    contents = runs.document(method, objective, **blocks)
+    monkeypatch.setattr(each_once, "__defaults__", (*each_once.__defaults__[:-1], 60))
+    one = runs.train(tmp_path / "one", contents)
+    assert trained(runs.written(tmp_path / "two", contents)) == [0, 0]
+    two = json.loads((tmp_path / "two" / "run.json").read_text())["result"]
+    assert (two["steps"], two.get("best")) == (one["steps"], one.get("best"))
+    assert runs.untimed(tmp_path / "two") == runs.untimed(tmp_path / "one")
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+    last = runs.untimed(tmp_path / "one")[-2:]
+    if kind == "early stopping":
+        assert one["best"]["step"] < one["steps"] < BEST["max_steps"]
+    else:
+        name = "validation_f1_macro" if kind == "f1" else "router_loss"
+        assert any(name in event for event in last)
+
+
+def test_losses_are_told_in_the_order_of_the_micro_batches(tmp_path: Path) -> None:
+    """Sums depend on it in their last digit, so that of eight micro-batches over two processes is told as by one."""
+
+    class Two(World):
+        def gather(self, document: Any) -> list[Any]:
+            return [[own for own in document if own[0] % 2 == rank] for rank in (0, 1)]
+
+    losses = {place: Loss((Term(torch.tensor(float(place))),), {}) for place in range(8)}
+    assert [one.terms[0][1] for one in gathered(losses, Two(0, 2))] == list(range(8))
+
+    contents = runs.document(train={"max_steps": 1, "batch_size": 1, "gradient_accumulation": 8, "eval_every": None})
+    runs.train(tmp_path / "one", contents)
+    assert trained(runs.written(tmp_path / "two", contents)) == [0, 0]
+    (one, *_), (two, *_) = (runs.untimed(tmp_path / name) for name in ("one", "two"))
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)  # of gradients added in another order
+    assert two | {"grad_norm": 0} == one | {"grad_norm": 0}
 
 
 def weights(output: Path) -> dict[str, bytes]:
@@ -211,3 +281,20 @@ def test_the_command_starts_and_ends_them_all(tmp_path: Path, capfd: pytest.Capt
     assert launch(2, ["train", str(path), "--nproc=2", "--set", "train.max_steps=0"]) == 2
     out, err = capfd.readouterr()
     assert not out and err.count("peftctl: error") == 1 and "train.max_steps" in err
+
+
+@pytest.mark.slow
+@pytest.mark.fault(10, 13)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_command_reaches_them_all(number: int, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    path = runs.written(output, runs.document(train={"max_steps": 3000, "eval_every": None}))
+    command = begun(lambda: sys.exit(launch(2, ["train", str(path), "--nproc", "2", "--quiet"])))
+    deadline = time.monotonic() + 120
+    while runs.done(output) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(command, number)
+    assert ended(command) == 128 + number
+    steps = runs.done(output)
+    assert [checkpoint.name for checkpoint in (output / "checkpoints").iterdir()] == [f"step-{steps:06d}"]
+    assert not (output / "lock").exists()

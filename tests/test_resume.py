@@ -17,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peftctl import report
+from peftctl import layout, loading, report
+from peftctl.data.batches import Batches
 from peftctl.errors import InputError, Stopped
+from peftctl.policy import Layout
 from tests import runs
 
 LN2 = float(torch.tensor(2.0).log())
@@ -251,6 +253,28 @@ def test_the_moment_and_the_threads_are_those_of_the_start(tmp_path: Path) -> No
     again = json.loads((output / "run.json").read_text())["choices"]
     assert datetime.fromisoformat(choices["now"]).year > 2001
     assert again["now"] == "2001-02-03T04:05:06.000007" and again["threads"] == before + 1
+
+
+def test_what_was_chosen_at_the_start_is_chosen_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine, or another moment, would choose otherwise: other layouts and kernels, other last bits."""
+    contents = runs.document("lora", "dpo", method={"layers": [1]}, train={"save_every": 1, **KEEP_ALL})
+    monkeypatch.setenv("PEFTCTL_CACHE", str(tmp_path / "cache"))
+    runs.train(tmp_path / "whole", contents)
+    output = tmp_path / "run"
+    with runs.stopped_after(2, output), pytest.raises(Stopped):
+        runs.train(output, contents)
+    before = json.loads((output / "run.json").read_text())["choices"]
+    assert before["packed"] and before["frozen_blocks"] and before["remembered_reference"]
+    assert before["layout"]["name"] == "shared" and before["device"] == "cpu"
+    for owner, name, answer in (
+        (layout, "choose", Layout("padded")),
+        (loading, "affordable", False),
+        (Batches, "passes", 0.5),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, answer=answer: answer)
+    runs.train(output, contents, resume=True)
+    assert json.loads((output / "run.json").read_text())["choices"] == before
+    _assert_equal(tmp_path / "whole", output)
 
 
 def _change(path: Path, **choices: Any) -> None:
