@@ -57,7 +57,7 @@ test-all: test demo adapterhub-venv ## Also the slow tests on real models, the R
 	$(OFFLINE) $(BIN)/pytest -n 0 -m slow $(REAL)
 
 faults: venv ## Cause every fault there is a test for, and print what was seen
-	$(SINGLE) $(OFFLINE) $(BIN)/python -m tests.faults
+	$(SINGLE) $(OFFLINE) $(BIN)/python -m tests.faults -n $(WORKERS)
 
 soak: venv ## Kill runs at random and compare what comes of them; ARGS="--trials 50" adds as many to the log
 	$(SINGLE) $(OFFLINE) $(BIN)/python -m tests.faults.soak $(ARGS)

@@ -6,13 +6,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.faults.catalog import NUMBERS
+
 # how fast a loaded machine draws examples says nothing about the code
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a card are skipped where there is none."""
+    """Tests say which faults they are about. Those that need a card are skipped where there is none."""
+    for item in items:
+        numbers = [number for mark in item.iter_markers("fault") for number in mark.args]
+        item.user_properties += [("fault", NUMBERS[number].number) for number in numbers]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -1,4 +1,4 @@
-"""The faults that this project promises to survive, each with what must happen and what of it no test shows yet."""
+"""The faults that this project promises to survive, each with what must happen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ class Fault(NamedTuple):
     number: int
     name: str
     expected: str
-    lacking: str = ""  # what of it is not tested, or not so; empty where all is
 
 
 FAULTS = (

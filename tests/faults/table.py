@@ -8,47 +8,42 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults.catalog import FAULTS, NUMBERS, Fault
+from tests.faults.catalog import FAULTS, Fault
 
-COLOURS = {"pass": "green", "part": "yellow", "not yet": "yellow", "fail": "bold red"}
-
-
-def numbers_of(item: pytest.Item) -> list[int]:
-    """The faults that a test is about. Raises KeyError for a number that the catalog lacks."""
-    return [NUMBERS[number].number for mark in item.iter_markers("fault") for number in mark.args]
+COLOURS = {"pass": "green", "unseen": "yellow", "fail": "bold red"}
 
 
 class Gathered:
     """A plugin of pytest: what each test about a fault came to."""
 
     def __init__(self) -> None:
-        self.faults: dict[str, list[int]] = {}
         self.seen: dict[int, list[str]] = defaultdict(list)
         self.failed: dict[int, list[str]] = defaultdict(list)
         self.passed: dict[int, int] = defaultdict(int)
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        self.faults = {item.nodeid: numbers_of(item) for item in items}
-
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for number in self.faults.get(report.nodeid, ()):
+        told = report.user_properties  # what a test says of itself, also from a worker's process
+        for number in (number for name, number in told if name == "fault"):
             if report.failed:
                 self.failed[number].append(report.nodeid.rpartition("::")[2])
             elif report.when == "call" and report.passed:
                 self.passed[number] += 1
-                self.seen[number] += [str(text) for name, text in report.user_properties if name == "seen"]
+                self.seen[number] += [str(text) for name, text in told if name == "seen"]
 
     def verdict(self, fault: Fault) -> tuple[str, str]:
-        """What was seen, and pass, part, fail or not yet."""
+        """What was seen, and pass, fail or unseen."""
         number = fault.number
         if self.failed[number]:
             return f"failed: {', '.join(self.failed[number][:3])}", "fail"
         if not self.passed[number]:
-            return fault.lacking, "not yet"
+            return "no test was run", "unseen"
         count = self.passed[number]
         seen = self.seen[number][0] if self.seen[number] else "as expected"
-        seen += f" ({count} test{'s' * (count > 1)})"
-        return (f"{seen}; not yet: {fault.lacking}", "part") if fault.lacking else (seen, "pass")
+        return f"{seen} ({count} test{'s' * (count > 1)})", "pass"
+
+    def green(self) -> bool:
+        """Whether all faults were seen, and every test about one passed."""
+        return all(self.verdict(fault)[1] == "pass" for fault in FAULTS)
 
     def show(self, console: Console) -> None:
         table = Table(box=None, pad_edge=False, header_style="bold")

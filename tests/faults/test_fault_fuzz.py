@@ -27,10 +27,9 @@ def aside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.fault(22, 29, 30, 31, 34, 36)
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_few_strange_inputs_are_read_or_refused(name: str, seen: Seen) -> None:
-    count, failure, data = fuzz.examine(name, 0, 20)
+def test_a_few_strange_inputs_are_read_or_refused(name: str) -> None:
+    _, failure, data = fuzz.examine(name, 0, 20)
     assert failure is None, data
-    seen(f"{count} inputs")
 
 
 @pytest.mark.fault(22, 34, 36)

@@ -60,6 +60,15 @@ def test_every_objective_goes_on_as_if_never_stopped(objective: str, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.fault(1, 2)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_as_if_never_stopped(method: str, tmp_path: Path) -> None:
+    objective = "classification" if method == "head" else "dpo"
+    assert_exact(method, objective, "plain", (1, 3, 6), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.hundreds
+@pytest.mark.fault(1, 2)
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(
     "method, objective",

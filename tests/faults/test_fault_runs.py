@@ -179,6 +179,7 @@ def test_signals_at_random_moments_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.hundreds
 @pytest.mark.fault(10)
 def test_a_hundred_signals_at_random_moments_lose_nothing(tmp_path: Path, seen: Seen) -> None:
     codes = assert_random_signals(tmp_path, 100)
