@@ -24,6 +24,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "by length, eager": SORTED,  # attention as plain products, where a CPU's fused one may be slower
     "by length, autocast": {**SORTED, "bf16": True},  # the adapters' products in bf16 too: the trainer's default
     "in order, autocast": {**IN_ORDER, "bf16": True},
+    "precomputed": {**IN_ORDER, "precompute_ref_log_probs": True},  # of pairs: before the first step
+    "precomputed, autocast": {**IN_ORDER, "precompute_ref_log_probs": True, "bf16": True},
     "padding-free": {**IN_ORDER, "padding_free": True},  # needs flash attention, which CPUs do not have
     "unsloth": IN_ORDER,
 }
@@ -60,6 +62,9 @@ def train(job: Prepared, variant: str, output: Path) -> None:
         def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:
             return dataset if paired else super()._prepare_dataset(dataset, *rest)  # pairs are encoded already
 
+        def _get_train_sampler(self, *rest: Any) -> Any:
+            return order if paired else super()._get_train_sampler(*rest)
+
         def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
             mask = inputs.get("attention_mask")
             watch.tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
@@ -67,14 +72,7 @@ def train(job: Prepared, variant: str, output: Path) -> None:
 
     model, low_rank = _unsloth(job) if variant == "unsloth" else _peft(job, variant)
     rows = [row for step in job.steps for batch in step for row in batch.rows]
-    encoded = (
-        _pairs(rows)
-        if paired
-        else {
-            "input_ids": [list(row.ids) for row in rows],
-            "completion_mask": [[int(bool(weight)) for weight in row.weights] for row in rows],
-        }
-    )
+    order, encoded = _pairs(rows) if paired else ([], _dialogues(rows))
     trainer = Trainer(
         model=model,
         args=_arguments(job, VARIANTS[variant], output),
@@ -88,15 +86,29 @@ def train(job: Prepared, variant: str, output: Path) -> None:
     (output / "steps.json").write_text(json.dumps(watch.steps))
 
 
-def _pairs(rows: list[Row]) -> dict[str, list[list[int]]]:
-    """Chosen and rejected follow each other; the prompt is what comes before a row's first label."""
+def _dialogues(rows: list[Row]) -> dict[str, list[list[int]]]:
+    return {
+        "input_ids": [list(row.ids) for row in rows],
+        "completion_mask": [[int(bool(weight)) for weight in row.weights] for row in rows],
+    }
+
+
+def _pairs(rows: list[Row]) -> tuple[list[int], dict[str, list[list[int]]]]:
+    """Each pair once, and the order in which they come, some of them in two epochs.
+
+    Chosen and rejected follow each other; the prompt is what comes before a row's first label.
+    """
     found: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
-    for row in rows:
-        start = next(k for k, weight in enumerate(row.weights) if weight)
-        found[f"{row.role}_ids"].append(list(row.ids[start:]))
-        if row.role == "chosen":
-            found["prompt_ids"].append(list(row.ids[:start]))
-    return found
+    places: dict[int, int] = {}
+    for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
+        if chosen.example in places:
+            continue
+        places[chosen.example] = len(places)
+        start = next(k for k, weight in enumerate(chosen.weights) if weight)
+        columns = (chosen.ids[:start], chosen.ids[start:], rejected.ids[start:])
+        for column, ids in zip(found.values(), columns, strict=True):
+            column.append(list(ids))
+    return [places[row.example] for row in rows[::2]], found
 
 
 def _now(cuda: bool) -> float:

@@ -8,19 +8,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.benchmarks.workloads import HELD_OUT, PAIRS, ROOT, Workload
+from tests.benchmarks.workloads import HELD_OUT, ROOT, Workload
 
-WARM_UP = 2  # steps that are not counted: the first ones allocate memory and choose kernels
 PEFTCTL = ("-m", "peftctl.cli")
 OURS = "peftctl"
 PEERS = ("in order", "by length", "by length, eager", "by length, autocast")  # peer.py tells what they are
 PAIRED = ("in order", "in order, autocast")
+PRECOMPUTED = ("precomputed", "precomputed, autocast")  # the reference asked once, before the first step
 ON_CUDA = {"padding-free": "flash_attn", "unsloth": "unsloth"}  # and the package that each needs
+WAYS = tuple(dict.fromkeys((*PEERS, *PAIRED, *PRECOMPUTED, *ON_CUDA)))
 
 
 class Setting(NamedTuple):
@@ -40,14 +41,16 @@ class Measured(NamedTuple):
     process_s: float  # the whole process, from its start to its end
     peak_bytes: int  # largest resident size
     tokens: int  # of all steps
+    pairs_per_s: float | None  # where rows are pairs
     loss: float | None = None  # on held-out rows
 
 
 def peers(workload: Workload, device: str) -> tuple[str, ...]:
     """The variants of the peer that can be run here."""
     half = "model.dtype=float32" not in workload.sets
-    sorts = workload.recipe != PAIRS  # its trainer for pairs does not sort by length
-    own = [name for name in (PEERS if sorts else PAIRED) if half or "autocast" not in name]
+    # its trainer for pairs does not sort by length
+    ways = PEERS if workload.pairs is None else (*PAIRED, *(PRECOMPUTED if workload.again else ()))
+    own = [name for name in ways if half or "autocast" not in name]
     if device == "cuda":
         own += [name for name, package in ON_CUDA.items() if find_spec(package)]
     return tuple(own)
@@ -81,16 +84,19 @@ def measured(
                 "--quiet",
             ]
         else:
-            own = ["--variant", side, "--output", str(output)]
-            command = ["-m", "tests.benchmarks.peer", str(workload.recipe), *words, *own]
-        seconds, peak, _ = run(command, setting.threads)
+            way = ["--variant", side, "--output", str(output)]
+            command = ["-m", "tests.benchmarks.peer", str(workload.recipe), *words, *way]
+        # a cache of its own, so that its reference is asked before its first epoch and no earlier
+        own = {"PEFTCTL_CACHE": str(Path(folder) / "cache")} if workload.again else {}
+        seconds, peak, _ = run(command, setting.threads, own)
         steps = _steps(output)
         adapter = output / "adapter" if side == OURS else output
         held_out = _held_out(adapter, workload, setting) if loss and workload.held_out else None
-    warm = steps[WARM_UP:]
+    warm = steps[workload.warm(len(steps))]
     taken, tokens = sum(step["seconds"] for step in warm), sum(step["tokens"] for step in warm)
     everything = round(sum(step["tokens"] for step in steps))
-    return Measured(side, tokens / taken, taken / len(warm), seconds, peak, everything, held_out)
+    pairs = workload.pairs * len(warm) / taken if workload.pairs else None
+    return Measured(side, tokens / taken, taken / len(warm), seconds, peak, everything, pairs, held_out)
 
 
 def ceiling(workload: Workload, setting: Setting) -> dict[str, Any]:
@@ -109,12 +115,15 @@ def environment(threads: int) -> dict[str, str]:
     return {**os.environ, **count, **quiet, "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run(arguments: Sequence[str], threads: int) -> tuple[float, int, str]:
-    """Seconds, peak resident bytes and stdout of a Python process of so many threads. Leaves when it fails."""
+def run(arguments: Sequence[str], threads: int, own: Mapping[str, str] | None = None) -> tuple[float, int, str]:
+    """Seconds, peak resident bytes and stdout of a Python process of so many threads, with variables of its `own`.
+
+    Leaves when it fails.
+    """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         begun = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=out, stderr=err, cwd=ROOT, env=environment(threads)
+            [sys.executable, *arguments], stdout=out, stderr=err, cwd=ROOT, env={**environment(threads), **(own or {})}
         )
         _, status, usage = os.wait4(process.pid, 0)  # of this child alone
         seconds = time.perf_counter() - begun

@@ -1,7 +1,7 @@
 """How fast peftctl trains, against TRL + peft and against the machine.
 
 Usage: python -m tests.benchmarks.speed [--workload NAME]... [--rounds N] [--steps N] [--threads N] [--device D]
-       python -m tests.benchmarks.speed --peer WAY ... | --list | --growth | --ablation | --start-up
+       python -m tests.benchmarks.speed --peer WAY ... | --list | --preference | --growth | --ablation | --start-up
 
 Each side is a process of its own, in turn, round after round; who begins changes from round to round. Both get the
 same encoded rows with the same labels in the same order, the same rank, optimizer, rate, dtype and threads. The peer
@@ -18,15 +18,16 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from tests.benchmarks import studies
-from tests.benchmarks.sides import OURS, WARM_UP, Measured, Setting, ceiling, measured, peers
+from tests.benchmarks.sides import OURS, WAYS, Measured, Setting, ceiling, measured, peers
 from tests.benchmarks.start_up import start_up
-from tests.benchmarks.workloads import DEFAULT, WORKLOADS, Workload, available_memory
+from tests.benchmarks.workloads import DEFAULT, PREFERENCE, WARM_UP, WORKLOADS, Workload, available_memory
 
 PACKAGES = ("peftctl", "torch", "transformers", "trl", "peft")
 
@@ -43,8 +44,9 @@ class Comparison(NamedTuple):
 
     def share(self) -> float:
         """The time that the matrix products alone would take, of the time that our warm steps took."""
-        least = sum(self.ceiling["flops"][WARM_UP:]) / self.ceiling["gemm_flops_per_s"]
-        return least / (median(r.ours.step_s for r in self.rounds) * len(self.ceiling["flops"][WARM_UP:]))
+        flops = self.ceiling["flops"]
+        warm = flops[self.workload.warm(len(flops))]
+        return sum(warm) / self.ceiling["gemm_flops_per_s"] / (median(r.ours.step_s for r in self.rounds) * len(warm))
 
     def document(self) -> dict[str, Any]:
         """All that was measured."""
@@ -52,24 +54,33 @@ class Comparison(NamedTuple):
         return {"workload": self.workload.name, "rounds": rounds, "gemm_share": self.share(), **self.ceiling}
 
 
-def compare(workload: Workload, setting: Setting, rounds: int, peer: str | None = None) -> Comparison:
-    """`peer`: the one way of the peer to measure, where an earlier run has told the fastest."""
-    variants, done = (peer,) if peer is not None else peers(workload, setting.device), []
+def compare(group: Sequence[Workload], setting: Setting, rounds: int, wanted: Sequence[str] = ()) -> list[Comparison]:
+    """Ours at each workload of a group, which have the same rows, and the peer at the first of them.
+
+    `wanted`: the ways of the peer to measure, where an earlier run has told the fastest.
+    """
+    every = peers(group[0], setting.device)
+    variants = [way for way in every if way in wanted] or list(every)
+    rows: list[list[Round]] = []
     for number in range(1, rounds + 1):
-        sides = [OURS, *variants] if number % 2 else [*variants, OURS]
-        found = {side: _shown(number, workload, measured(side, workload, setting)) for side in sides}
-        theirs = max((found[side] for side in variants), key=lambda each: each.tokens_per_s)
-        if {each.tokens for each in found.values()} != {found[OURS].tokens}:
-            raise SystemExit(f"{workload.name}: the sides did not see the same tokens: {found}")
-        variants = (theirs.side,)
-        done.append(Round(found[OURS], theirs))
-    return Comparison(workload, done, ceiling(workload, setting))
+        ours, theirs = [(OURS, workload) for workload in group], [(way, group[0]) for way in variants]
+        order = [*ours, *theirs] if number % 2 else [*theirs, *ours]
+        found = {(side, w.name): _shown(number, w, measured(side, w, setting)) for side, w in order}
+        if len({each.tokens for each in found.values()}) > 1:
+            raise SystemExit(f"{group[0].name}: the sides did not see the same tokens: {found}")
+        fastest = max((found[way, group[0].name] for way in variants), key=lambda each: each.tokens_per_s)
+        variants = [fastest.side]
+        rows.append([Round(found[OURS, workload.name], fastest) for workload in group])
+    return [
+        Comparison(w, list(done), ceiling(w, setting)) for w, done in zip(group, zip(*rows, strict=True), strict=True)
+    ]
 
 
 def _shown(number: int, workload: Workload, found: Measured) -> Measured:
     loss = "" if found.loss is None else f"  held-out loss {found.loss:.4f}"
+    pairs = "" if found.pairs_per_s is None else f"{found.pairs_per_s:>7.2f} pairs/s"
     print(
-        f"{workload.name:<16}round {number}  {found.side:<20}{found.tokens_per_s:>9.1f} tokens/s"
+        f"{workload.name:<20}round {number}  {found.side:<22}{found.tokens_per_s:>9.1f} tokens/s{pairs}"
         f"{found.process_s:>8.1f} s{found.peak_bytes / 1e9:>7.2f} GB{loss}",
         flush=True,
     )
@@ -82,6 +93,7 @@ def table(comparisons: list[Comparison]) -> str:
         "workload",
         "peer",
         "tokens/s",
+        "pairs/s",
         "ratios",
         "median",
         "process s",
@@ -110,6 +122,7 @@ def _line(found: Comparison) -> tuple[str, ...]:
         found.workload.name,
         first.theirs.side,
         both("tokens_per_s", 1, 0),
+        "-" if first.ours.pairs_per_s is None else both("pairs_per_s", 1, 2),
         " ".join(f"{ratio:.2f}" for ratio in ratios("tokens_per_s")),
         f"{median(ratios('tokens_per_s')):.2f}",
         both("process_s", 1, 1),
@@ -143,7 +156,7 @@ def fits(workload: Workload) -> bool:
 def main() -> None:
     given = _parsed()
     if given.list:
-        print("\n".join(f"{w.name:<16}{w.about}" for w in WORKLOADS.values()))
+        print("\n".join(f"{w.name:<20}{w.about}" for w in WORKLOADS.values()))
         return
     setting = Setting(given.steps, given.threads, given.device)
     print(machine(setting), flush=True)
@@ -153,16 +166,23 @@ def main() -> None:
     if given.growth:
         return studies.growth(setting, given.rounds)
     if given.ablation:
-        return studies.ablation(names, setting, given.rounds)
+        return studies.ablation(names, setting, given.rounds, given.switch)
     comparisons = []
-    for workload in filter(fits, map(WORKLOADS.__getitem__, names)):
-        own = setting._replace(steps=min(given.steps, workload.steps or given.steps))
-        studies.prepare([workload], own)
-        comparisons.append(compare(workload, own, given.rounds, given.peer))
+    for group in _groups(names, given.preference):
+        own = setting._replace(steps=min(given.steps, group[0].steps or given.steps))
+        studies.prepare(group, own)
+        comparisons += compare(group, own, given.rounds, given.peer)
     print(f"\n{table(comparisons)}")
     if given.output:
         documents = [comparison.document() for comparison in comparisons]
         given.output.write_text(json.dumps({"machine": machine(setting), "workloads": documents}, indent=2))
+
+
+def _groups(names: Sequence[str], preference: bool) -> list[list[Workload]]:
+    """What is measured beside one run of the peer, as far as memory allows."""
+    groups = [group for group in PREFERENCE if set(group) & set(names)] or PREFERENCE
+    wanted = groups if preference else [[name] for name in names]
+    return [group for group in ([w for w in map(WORKLOADS.__getitem__, own) if fits(w)] for own in wanted) if group]
 
 
 def _parsed() -> argparse.Namespace:
@@ -170,9 +190,13 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--workload", action="append", choices=WORKLOADS, help="may be repeated")
     parser.add_argument("--list", action="store_true", help="the workloads there are")
     parser.add_argument("--growth", action="store_true", help="our own time against the size of the job")
+    parser.add_argument(
+        "--preference", action="store_true", help="pairs: sharing on and off, a first and a second epoch"
+    )
     parser.add_argument("--ablation", action="store_true", help="our own time with each switch off")
+    parser.add_argument("--switch", action="append", metavar="NAME", help="of --ablation this one; may be repeated")
     parser.add_argument("--start-up", action="store_true", help="our time to the first step against a mere import")
-    parser.add_argument("--peer", metavar="WAY", help="of the peer's ways this one alone, as the table names it")
+    parser.add_argument("--peer", action="append", default=[], choices=WAYS, help="of its ways this one alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help=f"of which the first {WARM_UP} do not count")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -15,11 +15,14 @@ ABLATIONS = (
     "train.pack_weights=true",
     "products",
     "groups",
+    "labels",
+    "chunks",
     "slope",
     "siblings",
     "mlp",
     "norm",
 )
+KNOWN = "train.cache_reference=false"  # of a second epoch
 UNSHARED = "data.share_starts=false"  # so that every token is computed, and a token is a token in all rows
 TOKENS = 2048  # of a step, where rows grow longer: as many rows as that makes
 
@@ -73,12 +76,15 @@ def growth(setting: Setting, rounds: int) -> None:
             print(f"{workload.name:<32}{1e6 * seconds:>12.0f}{ratios}", flush=True)
 
 
-def ablation(names: Sequence[str], setting: Setting, rounds: int) -> None:
-    """Each technique off against the default, in turn: tokens a second and peak memory, without to with."""
-    print(f"\n{'workload':<16}{'switch':<32}{'speed':>8}{'memory':>8}  speeds")
+def ablation(names: Sequence[str], setting: Setting, rounds: int, wanted: Sequence[str] | None = None) -> None:
+    """Each technique off against the default, in turn: tokens a second and peak memory, without to with.
+
+    `wanted`: these switches alone.
+    """
+    print(f"\n{'workload':<20}{'switch':<32}{'speed':>8}{'memory':>8}  speeds")
     for workload in map(WORKLOADS.__getitem__, names):
         prepare([workload], setting)
-        for switch in ABLATIONS:
+        for switch in wanted or (*ABLATIONS, *([KNOWN] if workload.again else [])):
             if switch == "train.pack_weights=true" and "model.dtype=float32" in workload.sets:
                 switch = "train.pack_weights=false"  # there it is the default
             sets, without = ([switch], None) if "=" in switch else ([], switch)
@@ -89,4 +95,4 @@ def ablation(names: Sequence[str], setting: Setting, rounds: int) -> None:
             speeds = [off.tokens_per_s / on.tokens_per_s for on, off in pairs]
             peak = median(off.peak_bytes / on.peak_bytes for on, off in pairs)
             shown = " ".join(f"{ratio:.2f}" for ratio in speeds)
-            print(f"{workload.name:<16}{switch:<32}{median(speeds):>8.2f}{peak:>8.2f}  {shown}", flush=True)
+            print(f"{workload.name:<20}{switch:<32}{median(speeds):>8.2f}{peak:>8.2f}  {shown}", flush=True)

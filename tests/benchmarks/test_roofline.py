@@ -10,7 +10,7 @@ from peftctl import recipe, surgery
 from peftctl.batch import build
 from peftctl.row import Row
 from tests.benchmarks.roofline import flops, gemm_rate
-from tests.benchmarks.workloads import RECIPE, WORKLOADS, Workload
+from tests.benchmarks.workloads import WORKLOADS, Workload
 from tests.models import tiny
 
 LENGTH = 12
@@ -55,5 +55,7 @@ def test_the_rate_is_a_rate() -> None:
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
 def test_workloads_are_recipes(workload: Workload) -> None:
-    loaded = recipe.load(RECIPE, workload.overrides(5, "cpu"))
+    loaded = recipe.load(workload.recipe, workload.overrides(5, "cpu"))
     assert (loaded.train.max_steps, loaded.train.device, loaded.data.validation) == (5, "cpu", None)
+    assert workload.pairs == (loaded.train.batch_size if loaded.objective.name == "dpo" else None)
+    assert loaded.data.limit == (2 * loaded.train.batch_size if workload.again else None)  # an epoch of 5 // 2 steps

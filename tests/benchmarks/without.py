@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from peftctl import cli
 
 
@@ -37,6 +39,32 @@ def _slope() -> None:
     policy.token_stats = plain
 
 
+def _labels() -> None:
+    """The head at every token, as if each had a label."""
+    from torch.nn.functional import pad
+
+    from peftctl import policy
+
+    hidden, stats = policy.Policy.hidden, policy.token_stats
+
+    def everywhere(self: Any, batch: Any, first: bool = False) -> Any:
+        found, places = hidden(self, batch, first)
+        others = torch.ones(len(found), dtype=torch.bool).index_fill_(0, places, False).nonzero()[:, 0]
+        return found, torch.cat([places, others])
+
+    def first_of(at: Any, targets: Any, *rest: Any) -> Any:
+        return tuple(part[: len(targets)] for part in stats(at, pad(targets, (0, len(at) - len(targets))), *rest))
+
+    policy.Policy.hidden, policy.token_stats = everywhere, first_of
+
+
+def _chunks() -> None:
+    """The head at all labels at once."""
+    from peftctl.kernels import token_stats
+
+    token_stats.CHUNK = 1 << 62
+
+
 def _siblings() -> None:
     """Each linear by itself."""
     from peftctl import fuse
@@ -62,6 +90,8 @@ def _norm() -> None:
 TECHNIQUES: dict[str, Callable[[], None]] = {
     "products": _products,
     "groups": _groups,
+    "labels": _labels,
+    "chunks": _chunks,
     "slope": _slope,
     "siblings": _siblings,
     "mlp": _mlp,

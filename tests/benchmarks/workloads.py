@@ -8,9 +8,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 MATERIALS = ROOT / ".cache" / "peftctl" / "bench"
 RECIPE = ROOT / "recipes" / "smollm2-lora.yaml"  # SmolLM2-135M, LoRA of rank 16 on every linear, 8 dialogues a step
-PAIRS = ROOT / "recipes" / "smollm2-dpo.yaml"  # the same under DPO, 4 pairs a step
+PAIRS = ROOT / "recipes" / "smollm2-dpo.yaml"  # the same under DPO
+PAIRS_A_STEP = 4
 HELD_OUT = ROOT / ".cache" / "peftctl" / "dialogues" / "heldout.jsonl"
 
+WARM_UP = 2  # steps that are not counted: the first ones allocate memory and choose kernels
 # the same for both sides: no rate that changes, for the two schedules count their steps differently
 COMMON = (
     "data.validation=null",
@@ -32,14 +34,25 @@ class Workload(NamedTuple):
     memory: int = 12_000_000_000  # bytes that the hungrier side may take
     recipe: Path = RECIPE
     held_out: bool = True  # whether a loss says anything: of random weights it does not
+    pairs: int | None = None  # of a step, where rows are pairs
+    again: bool = False  # whether the steps are those of two epochs, of which the second is measured
 
     def overrides(self, steps: int, device: str) -> list[str]:
         """All that is set for a run of `steps` steps."""
-        return [*COMMON, *self.sets, f"train.max_steps={steps}", f"train.device={device}"]
+        twice = [f"data.limit={(self.pairs or 0) * (steps // 2)}"] if self.again else []
+        return [*COMMON, *self.sets, *twice, f"train.max_steps={steps}", f"train.device={device}"]
+
+    def warm(self, steps: int) -> slice:
+        """The steps that count."""
+        return slice(steps // 2, 2 * (steps // 2)) if self.again else slice(WARM_UP, steps)
 
 
 def _material(name: str) -> str:
     return str(MATERIALS / name)
+
+
+def _paired(name: str, about: str, *sets: str, again: bool = False) -> Workload:
+    return Workload(name, about, sets, recipe=PAIRS, held_out=False, pairs=PAIRS_A_STEP, again=again)
 
 
 _LONG = (f"data.train={_material('rows-1024.jsonl')}", "data.max_length=1024", "train.batch_size=2")
@@ -60,10 +73,10 @@ WORKLOADS = {
         Workload("rank4", "as short, rank 4", ("method.rank=4", "method.alpha=8")),
         Workload("rank64", "as short, rank 64", ("method.rank=64", "method.alpha=128")),
         Workload("q_proj", "as short, LoRA on q_proj alone", ("method.target_modules=[q_proj]",)),
-        Workload("dpo", "real preference pairs, 4 a step, bf16", recipe=PAIRS, held_out=False),
-        Workload(
-            "dpo-unshared", "the same, nothing shared", ("data.share_starts=false",), recipe=PAIRS, held_out=False
-        ),
+        _paired("dpo", "real preference pairs, 4 a step, bf16"),
+        _paired("dpo-unshared", "the same, nothing shared", "data.share_starts=false"),
+        _paired("dpo-second", "a second epoch of pairs, whose reference is known", again=True),
+        _paired("dpo-second-unshared", "the same, nothing shared", "data.share_starts=false", again=True),
         Workload(
             "llama-1b",
             "random weights of a 1.1B Llama, 8 dialogues a step",
@@ -83,6 +96,8 @@ WORKLOADS = {
         ),
     )
 }
+# sharing on and off, in a first epoch and in a second; each list is measured beside the peer at its first
+PREFERENCE = (("dpo", "dpo-unshared"), ("dpo-second", "dpo-second-unshared"))
 DEFAULT = {"cpu": ("short", "short-unshared", "fp32", "fp32-unshared"), "cuda": ("llama-1b", "llama-1b-long")}
 
 
