@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import mmap
 import os
 import platform
 import sys
+import warnings
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -33,18 +35,26 @@ LARGEST = 32 << 30  # bytes of all that is kept of a kind; what was used longest
 # whoever works on these must not get yesterday's answers
 CODE = ("batch.py", "frozen.py", "fuse.py", "head.py", "policy.py", "kernels/*.py", "methods/**/*.py")
 
+# safetensors' words
+NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+
 Notice = Callable[[str], None]
 Groups = Sequence[Sequence[Row]]
 
 
 class Kept:
-    """`groups`: what is computed together. `sizes`: bytes of each group's answers. `folder`: where they are kept."""
+    """One tensor of all answers. `groups`: what is computed together. `counts`: how many entries each group's answers
+    have, of some shape and dtype. `folder`: where they are kept.
+    """
 
     what = ""  # what is computed where nothing is kept, for notices: "the frozen blocks are"
 
-    def __init__(self, groups: Groups, sizes: Sequence[int], folder: Path) -> None:
-        self.groups = groups
-        self.store = Store(folder, sizes)
+    def __init__(
+        self, groups: Groups, counts: Sequence[int], entry: tuple[int, ...], dtype: torch.dtype, folder: Path
+    ) -> None:
+        self.groups, self.dtype, self.shape = groups, dtype, (sum(counts), *entry)
+        size = math.prod(entry) * dtype.itemsize  # bytes
+        self.store = Store(folder, [count * size for count in counts], NAMES[dtype], self.shape)
         self.missing = self.store.missing()
         self.content: mmap.mmap | None = None  # all answers, once they are there
 
@@ -69,6 +79,15 @@ class Kept:
         with suppress(OSError):
             _prune(self.store.folder)
         return True
+
+    def answers(self) -> Tensor | None:
+        """All of them, read as they are asked for; None before they are there."""
+        if self.content is None:
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nobody can write to them is as it should be
+            whole = torch.frombuffer(self.content, dtype=self.dtype, offset=self.store.starts[0])
+        return whole.view(self.shape)
 
     @property
     def needed(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ class Remembered(Kept):
 
     def __init__(self, reference: Reference, groups: Groups, share: str, trim: bool, folder: Path) -> None:
         self.reference, self.share, self.trim = reference, share, trim
-        super().__init__(groups, [4 * sum(map(_labels, group)) for group in groups], folder)
+        super().__init__(groups, [sum(map(_labels, group)) for group in groups], (), torch.float32, folder)
 
     def computed(self, rows: Sequence[Row]) -> bytes:
         batch = build(rows, share=self.share, trim=self.trim).to(device_of(self.reference.policy.model))
@@ -38,23 +37,21 @@ class Remembered(Kept):
     @contextmanager
     def served(self) -> Iterator[None]:
         """Within it, the reference remembers its answers about batches whose rows are all kept."""
-        if self.content is None:
+        everything = self.answers()
+        if everything is None:
             yield
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that nobody can write to them is as it should be
-            everything = torch.frombuffer(self.content, dtype=torch.float32)
         known, start = dict[tuple[object, ...], Tensor](), 0
         for row in (row for group in self.groups for row in group):
             known[row.ids, row.weights] = everything[start : start + _labels(row)]
             start += _labels(row)
 
-        def answers(batch: Batch) -> Tensor | None:
+        def asked(batch: Batch) -> Tensor | None:
             found = [known.get((row.ids, row.weights)) for row in batch.rows]  # labels stand in the order of the rows
             there = [logprob for logprob in found if logprob is not None]
             return torch.cat(there).to(batch.ids.device) if len(there) == len(found) else None
 
-        self.reference.known = answers
+        self.reference.known = asked
         try:
             yield
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +28,9 @@ class Reuse(Kept):
             sample = frozen.answers(groups[0][:1])[0]
         self.frozen = frozen
         self.share = share
-        self.width, self.dtype = sample.shape[1], sample.dtype
         self.what = f"the lower {frozen.count} of {len(frozen.paths)} blocks are"
-        token = self.width * self.dtype.itemsize  # bytes
-        super().__init__(groups, [sum(len(row.ids) for row in group) * token for group in groups], folder)
+        counts = [sum(len(row.ids) for row in group) for group in groups]
+        super().__init__(groups, counts, (sample.shape[1],), sample.dtype, folder)
 
     def computed(self, rows: Sequence[Row]) -> bytes:
         with evaluating(self.frozen.policy):
@@ -42,12 +40,10 @@ class Reuse(Kept):
     @contextmanager
     def served(self) -> Iterator[None]:
         """Within it, the policy passes over the frozen blocks where all of a batch's rows are kept."""
-        if self.content is None:
+        states = self.answers()
+        if states is None:
             yield
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that nobody can write to them is as it should be
-            states = torch.frombuffer(self.content, dtype=self.dtype).view(-1, self.width)
         places, start = dict[object, int](), 0
         for row in (row for group in self.groups for row in group):
             places[row.ids, row.types] = start

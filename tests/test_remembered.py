@@ -15,7 +15,7 @@ from peftctl.errors import Stopped
 from peftctl.kept import rows_key
 from peftctl.policy import Reference
 from peftctl.row import Row
-from peftctl.states import Store
+from peftctl.states import STATES, Store
 from tests import runs
 
 EPOCHS = {"max_steps": None, "epochs": 3, "save_every": 1, "keep": 9, "pack_weights": False}
@@ -124,7 +124,7 @@ def test_another_reference_is_computed_anew(change: str, tmp_path: Path) -> None
 
 def test_a_damaged_file_is_mended(cache: Path, tmp_path: Path) -> None:
     runs.train(tmp_path / "first", contents())
-    (states,) = cache.rglob("states")
+    (states,) = cache.rglob(STATES)
     states.write_bytes(states.read_bytes()[:-5] + b"12345")
     with asked() as computed:
         runs.train(tmp_path / "second", contents())

@@ -17,7 +17,7 @@ from peftctl import kept, reuse, run
 from peftctl.errors import Stopped
 from peftctl.plan import Options
 from peftctl.policy import Policy
-from peftctl.states import Store
+from peftctl.states import STATES, Store
 from tests import runs
 
 # 6 steps, of which some span two epochs
@@ -207,7 +207,7 @@ def test_changed_weights_are_noticed_wherever_they_lie(
     assert bool(written) == anew
 
 
-@pytest.mark.parametrize("name", ["states", "index"])
+@pytest.mark.parametrize("name", [STATES, "index"])
 def test_a_torn_file_is_recovered_from(name: str, deep: dict[str, Any], cache: Path, tmp_path: Path) -> None:
     with counted() as every:
         runs.train(tmp_path / "first", contents(deep))
