@@ -27,7 +27,7 @@ def fitted(rows: tuple[Row, ...], limit: int, how: str, opening: Sequence[int] =
     if first >= limit and not rows[0].targets:
         raise NoLabel(f"the prompt alone has {first} tokens, and data.max_length {limit} leaves no answer room")
     if how == "right":
-        return [tuple(_right(row, limit) for row in rows)]
+        return [_differing(tuple(_right(row, limit) for row in rows), limit)]
     which = f"the {longest.role} answer's row" if longest.role else "the row"
     raise DataError(f"{which} has {size} tokens, more than data.max_length {limit}; data.truncate may cut it")
 
@@ -66,13 +66,20 @@ def _right(row: Row, limit: int) -> Row:
     return row.part(0, limit)
 
 
+def _differing(rows: tuple[Row, ...], limit: int) -> tuple[Row, ...]:
+    """The rows, of which a pair's must still differ."""
+    if len(rows) > len({row.ids for row in rows}):
+        raise DataError(f"chosen and rejected are the same up to data.max_length {limit}; a pair must differ")
+    return rows
+
+
 def _left(rows: tuple[Row, ...], limit: int, opening: Sequence[int]) -> tuple[Row, ...]:
     """The rows without the tokens that are too many; what a pair's rows have in common stays common."""
     longest = max(len(row.ids) for row in rows)
     over = longest - limit
     kept = len(opening) if all(row.ids[: len(opening)] == tuple(opening) for row in rows) else 0
     start = _answer(rows[0]) if len(rows) == 1 else min(map(_first, rows))
-    if kept + over > start:
+    if over > start - max(kept, 1):  # a label at the first token would be none
         raise DataError(
             f"the answer alone has {longest - start} tokens, for which data.max_length {limit} leaves no room"
         )

@@ -143,11 +143,16 @@ def test_the_same_rows_come_back_from_every_format(rows):
         for a, b, c in rows
     ]
     plain = [{"prompt": a, "completion": b, "label": c} for a, b, c in rows]
-    for given_rows in (talks, plain):
+    pairs = [{"prompt": a, "chosen": a + b, "rejected": b} for a, b, _ in rows]
+    asked = [
+        {"prompt": talk["messages"][:1], "chosen": a, "rejected": b}
+        for talk, (a, b, _) in zip(talks, rows, strict=True)
+    ]
+    for kind, given_rows in (("unpaired", talks), ("unpaired", plain), ("preference", pairs), ("preference", asked)):
         answers = []
         for name in NAMES:
             written(given_rows, name)
-            found = recognise(read(name), "unpaired")
+            found = recognise(read(name), kind)
             answers.append(
                 ([one._replace(place="") for one in found.examples], [fault.reason for fault in found.faults])
             )

@@ -61,6 +61,20 @@ def test_left_keeps_bos_and_the_last_answer():
         cut((row("..xxxx"),), "left", 4)
 
 
+def test_without_bos_a_token_of_the_prompt_stays_before_the_answer():
+    whole = Row((7, 8, 9, 10), (0.0, 0.0, 1.0, 1.0))
+    assert fitted((whole,), 3, "left") == [(whole.part(1, 4),)]
+    with pytest.raises(DataError, match=r"the answer alone has 2 tokens, for which data\.max_length 2 leaves no room"):
+        fitted((whole,), 2, "left")
+
+
+def test_a_pair_that_differs_no_more_is_refused():
+    pair = (row("..xxx", "chosen"), row("..xxxxx", "rejected"))
+    with pytest.raises(DataError, match=r"chosen and rejected are the same up to data\.max_length 6; a pair must"):
+        cut(pair, "right", 6)
+    assert len(cut(pair, "right", 7)) == 2
+
+
 def test_left_cuts_a_pairs_prompt_alike():
     pair = (row("....xx", "chosen"), row("....xxx", "rejected"))
     assert cut(pair, "left", 6) == [(0, 3, 4, 5, 6), (0, 3, 4, 5, 6, 7)]
