@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftctl.errors import ModelError
-from peftctl.kernels.matrix import matrix
+from peftctl.kernels.matrix import matrix, onward
 from peftctl.kernels.token_stats import FrozenHead
 from peftctl.seq2seq import answered, call, two_sided
 from peftctl.surgery import device_of, head_path
@@ -40,7 +40,7 @@ class Head:
         bias: Tensor | None = getattr(self.module, "bias", None)
         wide = None
         if exact and weight.dtype in (torch.bfloat16, torch.float16):
-            wide = matrix(weight.float(), None if bias is None else bias.float(), pack=True)
+            wide = onward(weight.float(), None if bias is None else bias.float())
         return FrozenHead(matrix(weight, bias, pack=pack), self.finish, wide)
 
 

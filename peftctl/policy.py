@@ -64,6 +64,7 @@ class Policy(nn.Module):
         self.below: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext()
         self.balance: Balance | None = None  # of a mixture of experts whose routers' loss counts
         self.packed = False  # whether the kernels keep copies of the matrices in the device's own order
+        self._plan: Plan | None = None  # the last one: the reference is asked about the same batch
         self.attention_calls = 0  # how often the last forest asked for attention: what the layout check compares
 
     def forward(self, batch: Batch, want: str = "tokens") -> TokenStats | Tensor:
@@ -164,7 +165,9 @@ class Policy(nn.Module):
         length = virtual.held if virtual is not None else 0
         if two_sided(self.model):
             raise attention.Unsupported("a decoder that reads an encoder's answer has two sides, which are padded")
-        state = attention.Running(Plan(batch), *((virtual.keys, virtual.values) if virtual else ()))
+        if self._plan is None or self._plan.batch is not batch:
+            self._plan = Plan(batch)
+        state = attention.Running(self._plan, *((virtual.keys, virtual.values) if virtual else ()))
         positions = batch.positions + length + self.layout.first_position
         with attention.running(self.model, state), self.below(batch):
             inputs = self._inputs(batch.ids[None], batch.positions[None], virtual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,14 @@ class Packed(Matrix):
 def matrix(weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False, pack: bool = False) -> Matrix:
     kind = Packed if pack and packable(weight) else Matrix
     return kind(weight, bias, transposed=transposed)
+
+
+def onward(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """A matrix's product alone, x (n, in) -> (n, out): where it is packed, nothing but that copy is kept."""
+    if not packable(weight):
+        return lambda x: F.linear(x, weight, bias)
+    there = _packed(weight)
+    return lambda x: _linear()(x, there, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def packable(weight: Tensor) -> bool:

@@ -27,16 +27,16 @@ BLOCK = 1 << 19
 class FrozenHead(NamedTuple):
     """A head in which nothing is trained: its matrix, and what is done to the product (None: nothing).
 
-    `wide`: the matrix in fp32, where the logits of a half-precision head are wanted unrounded.
+    `wide`: the product with the matrix in fp32, where the logits of a half-precision head are wanted unrounded.
     """
 
     matrix: Matrix
     finish: Callable[[Tensor], Tensor] | None = None
-    wide: Matrix | None = None
+    wide: Callable[[Tensor], Tensor] | None = None
 
     def product(self, hidden: Tensor) -> Tensor:
         """The logits before the finish, (n, vocabulary)."""
-        return self.matrix.forward(hidden) if self.wide is None else self.wide.forward(hidden.float())
+        return self.matrix.forward(hidden) if self.wide is None else self.wide(hidden.float())
 
 
 def token_stats(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from peftctl.kernels import token_stats as module
-from peftctl.kernels.matrix import matrix
+from peftctl.kernels.matrix import matrix, onward
 from peftctl.kernels.token_stats import FrozenHead, token_stats
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
@@ -104,7 +104,7 @@ def test_logits_in_fp32_over_a_half_precision_head() -> None:
     hidden, targets, linear, upstream = problem(torch.bfloat16)
     weight, bias = linear.weight.detach(), linear.bias.detach()
     rough = FrozenHead(matrix(weight, bias))
-    exact = rough._replace(wide=matrix(weight.float(), bias.float()))
+    exact = rough._replace(wide=onward(weight.float(), bias.float()))
     expected = F.linear(hidden.float(), weight.float(), bias.float()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     logprob, _ = token_stats(hidden, targets, linear, 30, exact)
     torch.testing.assert_close(logprob, expected, rtol=1e-6, atol=1e-6)
