@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
 from peftctl import checkpoint, objectives, optim, remembered, reuse
 from peftctl.checkpoint import Progress, State
 from peftctl.data.batches import Batches
@@ -17,7 +19,7 @@ from peftctl.report import Log, Sink
 from peftctl.reuse import Reuse
 from peftctl.rollouts import Rollouts
 from peftctl.run_folder import RunFolder
-from peftctl.trainer import Job, Question
+from peftctl.trainer import Event, Job, Question
 
 
 def kept(
@@ -38,6 +40,26 @@ def kept(
         blocks = folder.choice("frozen_blocks")
         found.append(reuse.plan(training.policy, batches, steps, base, fused=fused, chosen=blocks, notice=notice))
     return [one for one in found if one is not None]
+
+
+def begun(planned: Plan, training: Training, emit: Sink, notice: Callable[[str], None]) -> Sink:
+    """The sink, told of the first step as `start_distance` how far its loss is from that of a policy which is its
+    reference: of DPO, from ln 2.
+    """
+    recipe = planned.recipe
+    equal = objectives.get(recipe.objective.name).start(recipe.objective)
+    if equal is None or training.reference is None:
+        return emit
+    expected = float(torch.tensor(equal))  # a loss is taken of numbers in fp32
+
+    def telling(event: Event) -> None:
+        if event["event"] == "step" and event["step"] == 1:
+            event = event | {"start_distance": event["loss"] - expected}
+            if event["start_distance"]:
+                notice(f"the first loss is {event['start_distance']:+.3g} from {equal:.6f}, that of equal answers")
+        emit(event)
+
+    return telling
 
 
 def job(

@@ -77,7 +77,8 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
             for one in filled:
                 serving.enter_context(one.served())
             save = partial(jobs.save, folder, training, batches, lines, recipe.train.keep)
-            job = jobs.job(planned, training, batches, stop, world, tee(lines, shown), save)
+            emit = jobs.begun(planned, training, tee(lines, shown), shown.notice)
+            job = jobs.job(planned, training, batches, stop, world, emit, save)
             progress, shares = _followed(folder, job, training.progress, options.profile, shown.notice)
         best = back_to_best(training.watch, training.attachment, progress.step < planned.steps, shown.notice)
         written = _write(planned, folder, training)

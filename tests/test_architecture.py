@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftctl import methods
+from peftctl import methods, objectives
 
 PACKAGE = Path(methods.__file__).parent.parent
 # lower layers first; a module may import from its own layer and from those below it
@@ -129,6 +129,17 @@ def test_a_methods_name_stands_in_its_own_folder_only(name: str) -> None:
         if word.search(line) and name not in ("full", "head", "prefix", "prompt")  # English words as well
     ]
     assert not found
+
+
+ALSO = {"reward", "token-classification"}  # names of a metric and of a task as well
+
+
+@pytest.mark.parametrize("name", sorted({*objectives.names()} - ALSO))
+def test_an_objectives_name_stands_in_its_own_file_only(name: str) -> None:
+    """So a new one takes its file, its recipe and its test."""
+    word = re.compile(rf"(['\"]){re.escape(name)}\1")  # as code would name it
+    own = f"objectives/{name.replace('-', '_')}.py"
+    assert not [path for path, tree in modules().items() if path != own and word.search(ast.unparse(tree))]
 
 
 def test_what_answers_at_once_imports_no_torch() -> None:

@@ -164,4 +164,5 @@ class Objective(Generic[C]):
     room: Callable[[C], int] = lambda config: 0
     repeats: Callable[[C], int] = lambda config: 1
     code: Callable[[C], tuple[str, ...]] = lambda config: ()  # functions FILE.py:FUNCTION that it wants to run
+    start: Callable[[C], float | None] = lambda config: None  # the loss where policy and reference are equal
     likelihood: bool = False  # whether the loss is a mean negative log-likelihood, so that exp(loss) is a perplexity

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2305.10425, the robust loss of https://arxiv.org/abs/2403.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -50,6 +51,13 @@ def _losses(margins: Tensor, config: DpoConfig) -> Tensor:
     return pairs.log_loss(margins, -share / (1 - 2 * share) if config.loss == "robust" else share)
 
 
+def start(config: DpoConfig) -> float | None:
+    """The loss of a margin of 0; None where the answers' own is added."""
+    if config.sft_weight:
+        return None
+    return 1.0 if config.loss == "hinge" else math.log(2)  # the smoothed and the robust loss are no others at 0
+
+
 OBJECTIVE = Objective(
     name="dpo",
     summary="prefer the chosen answer of a pair over the rejected one",
@@ -61,4 +69,5 @@ OBJECTIVE = Objective(
     loss=loss,
     reference=lambda config: config.reference,
     base_dropout=False,
+    start=start,
 )
