@@ -15,11 +15,11 @@ from peftctl.loading import Training
 from peftctl.penalty import balanced, penalised
 from peftctl.plan import Plan
 from peftctl.remembered import Remembered
-from peftctl.report import Log, Sink
+from peftctl.report import Event, Log, Sink
 from peftctl.reuse import Reuse
 from peftctl.rollouts import Rollouts
 from peftctl.run_folder import RunFolder
-from peftctl.trainer import Event, Job, Question
+from peftctl.trainer import Job, Question
 
 
 def kept(
@@ -54,9 +54,10 @@ def begun(planned: Plan, training: Training, emit: Sink, notice: Callable[[str],
 
     def telling(event: Event) -> None:
         if event["event"] == "step" and event["step"] == 1:
-            event = event | {"start_distance": event["loss"] - expected}
-            if event["start_distance"]:
-                notice(f"the first loss is {event['start_distance']:+.3g} from {equal:.6f}, that of equal answers")
+            distance = event["loss"] - expected
+            event = {**event, "start_distance": distance}
+            if distance:
+                notice(f"the first loss is {distance:+.3g} from {equal:.6f}, that of equal answers")
         emit(event)
 
     return telling
