@@ -21,6 +21,7 @@ from peftctl.reference import reference_of
 from peftctl.routing import balance_of
 from peftctl.run_folder import RunFolder
 from peftctl.schema import TrainConfig
+from peftctl.skeleton import Skeleton, dotted
 from peftctl.surgery import without_dropout
 from peftctl.watch import Watch, watch_of
 
@@ -66,7 +67,7 @@ def load(planned: Plan, folder: RunFolder, state: State | None, options: Options
     reference = reference_of(planned, policy, start, state, trust_remote_code=trust)
     optimizer = optim.build(
         attachment.trainable(),
-        attachment.groups(),
+        attachment.groups() | _head_rate(settings, planned.skeleton),
         settings.optimizer,
         settings.learning_rate,
         settings.betas,
@@ -80,6 +81,13 @@ def load(planned: Plan, folder: RunFolder, state: State | None, options: Options
     if watch is not None and state is not None:
         watch.restore(state.facts, state.best)
     return Training(policy, attachment, start, reference, optimizer, progress, watch)
+
+
+def _head_rate(settings: TrainConfig, skeleton: Skeleton) -> dict[str, float]:
+    """The learning-rate multiplier of each parameter of a task's head that has a rate of its own."""
+    own = settings.head_learning_rate
+    names = (dotted(module.path, name) for module in skeleton.added for name in module.shapes)
+    return {} if own is None else dict.fromkeys(names, own / settings.learning_rate)
 
 
 def _packed(settings: TrainConfig, model: Any) -> bool:

@@ -20,6 +20,7 @@ from peftctl.methods.base import MethodConfig
 from peftctl.objectives.base import ObjectiveConfig
 from peftctl.row import FORMATS
 from peftctl.schema import DataConfig, ModelConfig, Recipe, SourceConfig, TrainConfig
+from peftctl.task import HEADED
 
 BLOCKS: dict[str, type[BaseModel]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 NAMED: dict[str, Any] = {"method": methods, "objective": objectives}
@@ -244,6 +245,8 @@ def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
         yield at("train.warmup", f"is {train.warmup:g} of {train.max_steps} steps: lower it")
     if train and train.warmup >= 1 and not train.warmup.is_integer():
         yield at("train.warmup", f"{train.warmup:g} is neither a fraction nor a number of steps")
+    if train and model and train.head_learning_rate is not None and model.task not in HEADED:
+        yield at("train.head_learning_rate", f"has no new head: model.task is {model.task}; leave it out")
     if train and train.compile:
         yield at("train.compile", "is not served: leave it false")
     for key in ("early_stopping", "keep_best"):

@@ -127,6 +127,9 @@ class TrainConfig(Block):
         description="most tokens a micro-batch; the step has as many examples as without, a longer one alone",
     )
     learning_rate: float = Field(2e-4, gt=0, description="peak of the schedule")
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="peak for a task's new head; null: learning_rate, as for all that is trained"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up")
     warmup: float = Field(0.03, ge=0, description="below 1 a fraction of the steps, from 1 on a number of steps")
     optimizer: Literal["adamw", "sgd", "adafactor"] = Field("adamw", description="sgd's momentum is the first beta")

@@ -27,6 +27,7 @@ from peftctl.opened import policy_of
 from peftctl.policy import Layout, Policy
 from peftctl.row import Row, judged
 from peftctl.task import Task
+from tests import runs
 from tests.models import tiny
 from tests.runs import CONFIGS
 
@@ -281,3 +282,18 @@ def test_a_form_without_a_place_for_a_head_is_refused(to: str, folder: Path, tmp
     with pytest.raises(InputError, match=rf"--to {to}: its form has no place for a head of Llama.*; use --to peft"):
         export(str(tmp_path / "adapter"), tmp_path / "out", to=to)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rate_of_its_own_moves_the_head_alone(tmp_path: Path) -> None:
+    """Of one plain step down the gradient, rates of 1, 2 and 3 times as much lie on one line."""
+    found = []
+    for own in (None, 0.02, 0.03):
+        keys = {"optimizer": "sgd", "betas": [0.0, 0.0], "max_grad_norm": None, "schedule": "constant", "warmup": 0}
+        contents = runs.document("lora", "classification", model={"task": ROWS.name}, data={"validation": None})
+        contents["train"] |= {"max_steps": 1, "eval_every": None, "head_learning_rate": own, **keys}
+        runs.train(tmp_path / str(own), contents)
+        found.append(runs.adapter(tmp_path / str(own)))
+    heads = [next(tensor for name, tensor in one.items() if "score" in name) for one in found]
+    assert (heads[1] - heads[0]).abs().max() > 1e-5
+    torch.testing.assert_close(heads[2] - heads[1], heads[1] - heads[0], rtol=1e-3, atol=1e-7)
+    assert all(torch.equal(found[0][name], one[name]) for one in found for name in one if "score" not in name)

@@ -241,6 +241,7 @@ def test_paths_are_meant_from_where_they_are_written(tmp_path: Path) -> None:
         ),
         (["model.quantize=int8"], "model.quantize is not served"),
         (["train.compile=true"], "train.compile is not served"),
+        (["train.head_learning_rate=0.1"], "train.head_learning_rate has no new head: model.task is causal-lm"),
     ],
 )
 def test_what_is_right_alone_and_wrong_together(overrides: list[str], said: str) -> None:
