@@ -24,7 +24,7 @@ venv: $(STAMP) ## Build .venv with the versions of constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,metrics]'
 	@touch $@
 
 adapterhub-venv: $(ADAPTERHUB)/.installed ## Build .venv-adapters: adapter-hub's package, which asks for an older transformers

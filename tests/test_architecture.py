@@ -16,8 +16,8 @@ LAYERS = [
     ["errors", "imports", "row", "task", "skeleton", "qkv", "functions"],
     ["batch", "surgery"],
     ["kernels"],
-    ["methods", "rewards", "objectives"],
-    ["located", "composed", "blame", "schema", "recipe", "storage", "lock"],
+    ["methods", "metrics", "rewards", "objectives"],
+    ["located", "composed", "blame", "schema", "evaluable", "recipe", "storage", "lock"],
     ["base", "data", "fuse", "head", "scores", "seq2seq", "routing", "policy", "layout", "formats"],
     [
         "model",
@@ -41,6 +41,7 @@ LAYERS = [
     ["states", "frozen"],
     ["trainer"],
     [
+        "answered",
         "named",
         "standin",
         "plan",
@@ -57,6 +58,7 @@ LAYERS = [
         "merging",
         "penalty",
         "profile",
+        "reading",
         "reference",
         "reuse",
         "rollouts",
