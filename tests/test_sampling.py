@@ -13,6 +13,7 @@ from peftctl.policy import Policy
 from peftctl.sampling import sample
 from tests.methods import contract
 from tests.models import ENCODERS, NAMES, SEQ2SEQ, VOCABULARY, tiny
+from tests.test_seq2seq import attached
 
 DECODERS = sorted(set(NAMES) - ENCODERS - SEQ2SEQ)
 END = (5, 17, 40, 77, 101, 120)  # several, so that some answers end early
@@ -52,6 +53,28 @@ def test_greedy_answers_are_those_of_each_prompt_alone(name: str) -> None:
 def test_also_with_deltas_and_virtual_tokens(name: str, method: str) -> None:
     policy, asked = made(name, method), prompts(7, 3, 4, 7)
     assert sample(policy, asked, 1, max_new_tokens=8, end=END) == alone(policy, asked)
+
+
+@pytest.mark.parametrize("method", [None, "lora", "prefix"])
+@pytest.mark.parametrize("name", sorted(SEQ2SEQ))
+def test_also_of_encoder_decoders(name: str, method: str | None) -> None:
+    policy, asked = attached(name, method), prompts(7, 1, 4, 9, 7, 2)
+    endless = [generate(policy, ids, max_new_tokens=8, end=()) for ids in asked]
+    assert sample(policy, asked, 1, max_new_tokens=8, end=()) == endless and len(set(map(tuple, endless))) > 1
+    places = {token: {ids.index(token) if token in ids else 8 for ids in endless} for ids in endless for token in ids}
+    end = [max(places, key=lambda token: len(places[token]))]  # some end before others
+    expected = [generate(policy, ids, max_new_tokens=8, end=end) for ids in asked]
+    assert len(set(map(len, expected))) > 1
+    assert sample(policy, asked, 2, max_new_tokens=8, end=end) == [answer for answer in expected for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_each_prompt_may_have_a_limit_of_its_own(name: str) -> None:
+    policy, asked, limits = attached(name, None), prompts(7, 3, 4, 7), [3, 8, 1, 5]
+    whole = sample(policy, asked, 1, max_new_tokens=8, end=())
+    assert sample(policy, asked, 1, max_new_tokens=limits, end=()) == [
+        answer[:limit] for answer, limit in zip(whole, limits, strict=True)
+    ]
 
 
 def test_also_by_the_fast_kernels() -> None:
