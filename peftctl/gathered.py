@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from peftctl.distributed import World
 from peftctl.objectives.base import Loss
 
-Predictions = tuple[list[float], list[float]]  # what was said, and what is true
+Predictions = tuple[list[Any], list[Any]]  # what was said, and what is true: numbers or texts
 
 
 class Told(NamedTuple):
@@ -28,11 +30,15 @@ def gathered(losses: Mapping[int, Loss], world: World) -> list[Told]:
             place,
             [(term.coefficient, float(term.sum)) for term in loss.terms],
             {name: (float(s), float(n)) for name, (s, n) in loss.metrics.items()},
-            ([], []) if loss.predictions is None else tuple(values.tolist() for values in loss.predictions),
+            ([], []) if loss.predictions is None else tuple(map(_listed, loss.predictions)),
         )
         for place, loss in losses.items()
     ]
     return [Told(*rest) for _, *rest in sorted(chain.from_iterable(world.gather(own)), key=itemgetter(0))]
+
+
+def _listed(values: Tensor | Sequence[str]) -> list[Any]:
+    return values.tolist() if isinstance(values, Tensor) else list(values)
 
 
 def sums(weights: Sequence[tuple[float, ...]]) -> list[float]:

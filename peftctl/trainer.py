@@ -57,7 +57,7 @@ class Question:
         said, true = (list(chain.from_iterable(parts)) for parts in zip(*predictions, strict=True))
         if self.objective.judge is None or not said:
             return {}
-        return dict(self.objective.judge(torch.tensor(said), torch.tensor(true)))
+        return dict(self.objective.judge(said, true))
 
     def about(self, batches: Iterable[Batch], device: torch.device | str) -> Question:
         """The question put to these batches as a whole: what an example's loss must know of the others is found."""

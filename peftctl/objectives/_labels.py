@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -12,10 +12,9 @@ from peftctl.imports import undrawn
 from peftctl.objectives.base import Encoder, ObjectiveConfig
 from peftctl.row import Example, Row, judged
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 SHOWN = 8  # labels that an error lists
+QUALITY = ("accuracy", "f1_macro", "matthews")
+AGREEMENT = ("pearson", "spearman")
 
 
 class LabelsConfig(ObjectiveConfig):
@@ -68,25 +67,23 @@ def row(example: Example, encoder: Encoder, target: float) -> tuple[Row, ...]:
     return (judged(ids, target, types=types),)
 
 
-def quality(predicted: Tensor, true: Tensor) -> dict[str, float]:
-    """Of labels by index, (n,) each: accuracy, F1 averaged over the labels that occur, Matthews' correlation."""
+def quality(predicted: Sequence[int], true: Sequence[int]) -> dict[str, float]:
+    """Of labels by index: accuracy, F1 averaged over the labels that occur, Matthews' correlation."""
     metrics = undrawn("sklearn.metrics")
-    said, right = predicted.numpy(), true.numpy()
-    one = len({*predicted.tolist(), *true.tolist()}) == 1  # nothing that could agree or not
+    one = len({*predicted, *true}) == 1  # nothing that could agree or not
     return {
-        "accuracy": float(metrics.accuracy_score(right, said)),
-        "f1_macro": float(metrics.f1_score(right, said, average="macro", zero_division=0.0)),
-        "matthews": 0.0 if one else float(metrics.matthews_corrcoef(right, said)),
+        "accuracy": float(metrics.accuracy_score(true, predicted)),
+        "f1_macro": float(metrics.f1_score(true, predicted, average="macro", zero_division=0.0)),
+        "matthews": 0.0 if one else float(metrics.matthews_corrcoef(true, predicted)),
     }
 
 
-def agreement(predicted: Tensor, true: Tensor) -> dict[str, float]:
-    """Of numbers, (n,) each: Pearson's and Spearman's correlation; 0 where all numbers are one."""
+def agreement(predicted: Sequence[float], true: Sequence[float]) -> dict[str, float]:
+    """Of numbers: Pearson's and Spearman's correlation; 0 where all numbers are one."""
     stats = undrawn("scipy.stats")
-    if len(true) < 2 or min(float(values.max() - values.min()) for values in (predicted, true)) == 0:
+    if min(max(values) - min(values) for values in (predicted, true)) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
-    said, right = predicted.double().numpy(), true.double().numpy()
     return {
-        "pearson": float(stats.pearsonr(said, right).statistic),
-        "spearman": float(stats.spearmanr(said, right).statistic),
+        "pearson": float(stats.pearsonr(predicted, true).statistic),
+        "spearman": float(stats.spearmanr(predicted, true).statistic),
     }
