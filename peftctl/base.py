@@ -43,6 +43,14 @@ class Base(NamedTuple):
         return self.rows.total if self.rows is not None else own if isinstance(own, int) else None
 
     @property
+    def positions(self) -> int | None:
+        """How many positions it has for a row, of an encoder-decoder on either side; None where it says nothing."""
+        # T5's n_positions is what it was trained with: its positions are relative
+        names = ("max_position_embeddings",) if self.two_sided else ("n_positions", "max_position_embeddings")
+        settings = self.settings()
+        return min((settings[key] for key in names if isinstance(settings.get(key), int)), default=None)
+
+    @property
     def two_sided(self) -> bool:
         """Whether it is an encoder-decoder."""
         return bool(self.settings().get("is_encoder_decoder"))

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from peftctl import checkpoint, objectives, optim, remembered, reuse
+from peftctl.answered import answering
 from peftctl.checkpoint import Progress, State
 from peftctl.data.batches import Batches
 from peftctl.distributed import World
@@ -73,8 +74,10 @@ def job(
     save: Callable[[Progress], None],
 ) -> Job:
     recipe, settings = planned.recipe, planned.recipe.train
-    objective = penalised(objectives.get(recipe.objective.name), training.attachment)
-    objective = balanced(objective, training.policy)
+    objective = objectives.get(recipe.objective.name)
+    positions = planned.base.positions
+    objective = answering(objective, recipe.objective, training.policy, planned.chat, positions)
+    objective = balanced(penalised(objective, training.attachment), training.policy)
     return Job(
         question=Question(objective, recipe.objective, training.policy, training.reference),
         batches=batches,

@@ -129,15 +129,13 @@ def _examples(recipe: Recipe, kinds: Collection[str]) -> list[Example] | None:
 def fit(data: Prepared, base: bases.Base, recipe: Recipe) -> int | None:
     """The positions that the base has for a row, beside the method's virtual tokens; None where it says nothing.
 
-    Raises DataError where a row is longer.
+    Raises DataError where a row is longer, or where no held-out row can be answered that is to be.
     """
-    settings, virtual = base.settings(), methods.get(recipe.method.name).traits(recipe.method).virtual_tokens
-    # T5's n_positions is what it was trained with: its positions are relative
-    names = ("max_position_embeddings",) if base.two_sided else ("n_positions", "max_position_embeddings")
-    known = [settings[key] for key in names if isinstance(settings.get(key), int)]
-    if not known:
+    _answerable(data, recipe)
+    known, virtual = base.positions, methods.get(recipe.method.name).traits(recipe.method).virtual_tokens
+    if known is None:
         return None
-    room: int = min(known) - virtual
+    room = known - virtual
     reports = [report for report in (data.report, data.validation_report) if report is not None]
     if data.stream is not None:  # of its rows no more is known than what is refused
         reports[0] = data.report._replace(reach=recipe.data.max_length)
@@ -145,11 +143,22 @@ def fit(data: Prepared, base: bases.Base, recipe: Recipe) -> int | None:
         if report.reach > room:
             taken = f", {virtual} of them for virtual tokens" if virtual else ""
             raise DataError(
-                f"{report.name}: the longest row has {report.reach} tokens, the base has positions for {min(known)}"
+                f"{report.name}: the longest row has {report.reach} tokens, the base has positions for {known}"
                 f"{taken}; set data.max_length to at most {room}, and data.on_bad_row: skip to leave longer rows out, "
                 "or data.truncate to cut them"
             )
     return room
+
+
+def _answerable(data: Prepared, recipe: Recipe) -> None:
+    """Refuse to compare answers where no held-out row has a prompt. Raises DataError."""
+    held = data.validation
+    if held is None or objectives.get(recipe.objective.name).generates(recipe.objective) is None:
+        return
+    if not any("asked" in row.extra for index in range(len(held)) for row in held.rows([index])):
+        raise DataError(
+            f"objective.metrics: no held-out row of {held.name} has a prompt to answer; leave it out for raw text"
+        )
 
 
 def base_and_chat(

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from peftctl import methods, objectives
+from peftctl import evaluable, methods, objectives
 from peftctl.blame import problems_of
 from peftctl.composed import Files, found, merged, overridden, placed, relocated
 from peftctl.composed import shared_folder as shared_folder
@@ -249,12 +249,7 @@ def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
         yield at("train.head_learning_rate", f"has no new head: model.task is {model.task}; leave it out")
     if train and train.compile:
         yield at("train.compile", "is not served: leave it false")
-    for key in ("early_stopping", "keep_best"):
-        if train and data and getattr(train, key) and (data.validation is None or train.eval_every is None):
-            lacking = "data.validation" if data.validation is None else "train.eval_every"
-            yield at(f"train.{key}", f"has no evaluations to compare: set {lacking}")
-    if train and data and train.eval_every is not None and data.validation is None:
-        yield at("train.eval_every", "has nothing to evaluate: set data.validation")
+    yield from (at(key, message) for key, message in evaluable.faults(objective, data, train))
     yield from _sources(data, objective, at)
     if data and train and data.streaming:
         yield from (at(key, message) for key, message in _streamed(data, train))

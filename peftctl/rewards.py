@@ -123,12 +123,16 @@ def _guarded(function: Callable[..., Any], name: str) -> Score:
     return score
 
 
+def names(rewards: tuple[Reward, ...]) -> list[str]:
+    """What each reward is called in the log: of those with one label, the second one `label#2`."""
+    labels = [reward.label for reward in rewards]
+    numbers = [labels[: place + 1].count(label) for place, label in enumerate(labels)]
+    return [label if n == 1 else f"{label}#{n}" for label, n in zip(labels, numbers, strict=True)]
+
+
 def scores(rewards: tuple[Reward, ...]) -> dict[str, tuple[float, Score]]:
     """Of each reward, by the name in the log, its weight and function. Raises InputError."""
-    found: dict[str, tuple[float, Score]] = {}
-    for reward in rewards:
-        number = sum(key.split("#")[0] == reward.label for key in found) + 1
-        found[reward.label if number == 1 else f"{reward.label}#{number}"] = (reward.weight, reward.score())
+    found = {name: (own.weight, own.score()) for name, own in zip(names(rewards), rewards, strict=True)}
     if not any(weight for weight, _ in found.values()):
         raise InputError("objective.rewards: every weight is 0, so no answer is better than another")
     return found

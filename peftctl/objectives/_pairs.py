@@ -113,6 +113,13 @@ def answer(batch: Batch, config: PreferenceConfig, losses: Tensor, logprob: Tens
     return imitating(found, batch, config.sft_weight, logprob, "chosen")
 
 
+def reports(config: PreferenceConfig) -> tuple[str, ...]:
+    """The names of what `answer` measures beside the loss."""
+    rewards = ("chosen", "rejected", "margins", "accuracies")
+    found = (*(f"rewards/{name}" for name in rewards), "logps/chosen", "logps/rejected")
+    return (*found, "nll_loss") if config.sft_weight else found
+
+
 def imitating(loss: Loss, batch: Batch, coefficient: float, logprob: Tensor, role: str) -> Loss:
     """The loss and, as a term of its own, the mean loss by token of the answers of that role."""
     if not coefficient:

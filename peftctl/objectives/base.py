@@ -41,12 +41,12 @@ class Term(NamedTuple):
 class Loss(NamedTuple):
     """`metrics` are (sum, count), so that micro-batches and ranks average right.
 
-    `predictions`: what was said and what is true, (n,) each, for metrics that no sum gives.
+    `predictions`: what was said and what is true, n numbers or texts each, for metrics that no sum gives.
     """
 
     terms: tuple[Term, ...]
     metrics: dict[str, tuple[Tensor, Tensor]]
-    predictions: tuple[Tensor, Tensor] | None = None
+    predictions: tuple[Tensor | Sequence[str], Tensor | Sequence[str]] | None = None
 
 
 class TokenStats(NamedTuple):
@@ -87,6 +87,13 @@ class Answer(NamedTuple):
 
 # of prompts, the number of answers to each and the most tokens of one -> for each prompt its answers
 Generate = Callable[[Sequence[Row], int, int], "list[list[Answer]]"]
+
+
+class Generated(NamedTuple):
+    """What is measured of the answers that a policy gives by itself to held-out prompts."""
+
+    metrics: tuple[str, ...]  # of `metrics.NAMES`
+    max_new_tokens: int
 
 
 class Encoder(Protocol):
@@ -154,7 +161,14 @@ class Objective(Generic[C]):
     task: str = "causal-lm"  # what model.task must be
     # fills in what a recipe leaves to its training examples
     settle: Callable[[C, Sequence[Example]], C] | None = None
-    judge: Callable[[Tensor, Tensor], Mapping[str, float]] | None = None  # metrics of all predictions together
+    # metrics of all predictions together: of what was said and what is true
+    judge: Callable[[Sequence[Any], Sequence[Any]], Mapping[str, float]] | None = None
+    # the names of what is measured on held-out rows beside the loss, as far as a config tells
+    reports: Callable[[C], Sequence[str]] = lambda config: ()
+    # the answers to be generated for held-out rows, of which `encode` then tells in `row.extra` the right one
+    # (`answer`; None: as its labels say it) and how many of the row's last tokens are not its prompt's (`asked`)
+    generates: Callable[[C], Generated | None] = lambda config: None
+    reading: tuple[str, ...] = ()  # keys of its config that say how rows are read and what is measured of them
     labels: Callable[[C], tuple[str, ...]] = lambda config: ()  # the names of the head's outputs
     # the keys of a config that a head with these labels was trained by; None where it cannot have been
     measures: Callable[[tuple[str, ...]], Mapping[str, Any] | None] = lambda labels: None

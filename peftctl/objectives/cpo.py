@@ -42,4 +42,5 @@ OBJECTIVE = Objective(
     weights=pairs.weights,
     loss=loss,
     base_dropout=False,
+    reports=pairs.reports,
 )

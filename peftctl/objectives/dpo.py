@@ -70,4 +70,5 @@ OBJECTIVE = Objective(
     reference=lambda config: config.reference,
     base_dropout=False,
     start=start,
+    reports=lambda config: (*pairs.reports(config), "kl"),
 )

@@ -16,7 +16,7 @@ from peftctl.errors import DataError
 from peftctl.functions import is_one
 from peftctl.objectives import _pairs as pairs
 from peftctl.objectives.base import Answer, Answers, Encoder, Generate, Loss, Objective, ObjectiveConfig, Term
-from peftctl.rewards import Reward, Score, scores
+from peftctl.rewards import Reward, Score, names, scores
 from peftctl.row import Example, Row
 
 if TYPE_CHECKING:
@@ -126,6 +126,13 @@ def _before(batch: Batch, logprob: Tensor) -> Tensor:
     return logprob.new_tensor([value for row in batch.rows for value in row.extra["old"]])
 
 
+def reports(config: GrpoConfig) -> tuple[str, ...]:
+    """The names of what `loss` measures."""
+    rewards = (f"rewards/{name}" for name in names(tuple(config.rewards)))
+    found = ("reward", "reward_std", "zero_variance", *rewards, "completions/length", "completions/ended")
+    return (*found, "clip_fraction", *(("kl",) if config.beta else ()))
+
+
 OBJECTIVE = Objective(
     name="grpo",
     summary="make the answers likelier that a program scores above others to the same prompt",
@@ -137,6 +144,7 @@ OBJECTIVE = Objective(
     loss=loss,
     reference=lambda config: config.reference if config.beta else None,
     base_dropout=False,
+    reports=reports,
     rollout=rollout,
     room=lambda config: config.max_new_tokens,
     repeats=lambda config: config.iterations,

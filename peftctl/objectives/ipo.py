@@ -43,4 +43,5 @@ OBJECTIVE = Objective(
     loss=loss,
     reference=lambda config: config.reference,
     base_dropout=False,
+    reports=lambda config: (*pairs.reports(config), "kl"),
 )

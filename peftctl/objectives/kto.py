@@ -125,6 +125,7 @@ OBJECTIVE = Objective(
     loss=loss,
     reference=lambda config: config.reference,
     base_dropout=False,
+    reports=lambda config: (*(name for name in pairs.reports(config) if name != "rewards/margins"), "kl"),
     pair=pair,
     shared=shared,
 )

@@ -53,4 +53,5 @@ OBJECTIVE = Objective(
     weights=pairs.weights,
     loss=loss,
     base_dropout=False,
+    reports=lambda config: (*pairs.reports(config), "log_odds_ratio"),
 )

@@ -57,6 +57,7 @@ OBJECTIVE = Objective(
     loss=loss,
     task="sequence-classification",
     judge=labels.agreement,
+    reports=lambda config: ("absolute_error", *labels.AGREEMENT),
     labels=lambda config: ("value",),
     measures=lambda names: {} if len(names) == 1 else None,
 )

@@ -60,6 +60,7 @@ OBJECTIVE = Objective(
     loss=loss,
     base_dropout=False,
     task="sequence-classification",
+    reports=lambda config: ("accuracy", "margin", "mean_score"),
     labels=lambda config: ("reward",),
     measures=lambda labels: {} if len(labels) == 1 else None,
 )

@@ -39,4 +39,5 @@ OBJECTIVE = Objective(
     weights=pairs.weights,
     loss=loss,
     base_dropout=False,
+    reports=pairs.reports,
 )

@@ -58,6 +58,7 @@ OBJECTIVE = Objective(
     task="token-classification",
     settle=labels.settle,
     judge=labels.quality,
+    reports=lambda config: labels.QUALITY,
     labels=lambda config: tuple(config.labels or ()),
     measures=lambda names: {"labels": list(names)} if len(names) > 1 else None,
 )
