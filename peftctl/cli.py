@@ -175,22 +175,31 @@ def generate(
     _print(result, json_, lambda answer: "")
 
 
-@app.command("eval", epilog="Example: peftctl eval runs/smoke --data configs/data/messages.jsonl --json")
+@app.command("eval", epilog="Example: peftctl eval runs/smoke --data configs/data/messages.jsonl --metrics rougeL,bleu")
 def evaluate(
     path: PathArgument,
-    data: Annotated[Path, typer.Option(help="a JSONL file")],
-    max_length: Annotated[int, typer.Option(min=2, help="longest row in tokens")] = 4096,
-    output: Annotated[Path | None, typer.Option(help="a file for the scores of each row, from a task's head")] = None,
+    data: Annotated[Path, typer.Option(help="a data file, a folder or a pattern of files")],
+    metrics: Annotated[list[str], typer.Option(help="of generated answers: exact_match,rougeL,bleu; or none")] = [],  # noqa: B006
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="most tokens of a generated answer")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="of the rows, as data.format")] = None,
+    column: Annotated[list[str], typer.Option(metavar="OURS=THEIRS", help="as data.columns")] = [],  # noqa: B006
+    max_length: Annotated[int | None, typer.Option(min=2, help="longest row in tokens")] = None,
+    truncate: Annotated[str | None, typer.Option(help="longer rows, as data.truncate")] = None,
+    output: Annotated[Path | None, typer.Option(help="a file for each row's scores or generated answer")] = None,
     base: BaseOption = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Loss and perplexity on a file, weighted by token; or what a task's head is worth on it."""
+    """Loss and perplexity on a file, weighted by token; answers compared; or what a task's head is worth on it.
+
+    A run reads the file as its recipe read its data, where no option says otherwise.
+    """
     from peftctl import commands
 
-    opened = commands.opened(path, base, device, trust_remote_code)
-    result = commands.evaluate(opened, data, max_length, output, quiet)
+    given = {"asked": metrics, "max_new_tokens": max_new_tokens, "format": format_, "columns": column}
+    given |= {"max_length": max_length, "truncate": truncate}
+    result = commands.evaluate(path, data, given, output, base, device, trust_remote_code, quiet)
     _print(result, json_, commands.described)
 
 

@@ -146,11 +146,25 @@ def opened(path: str, base: str | None, device: str, trust_remote_code: bool) ->
     return places.open(found, device=device, trust_remote_code=trust_remote_code)
 
 
-def evaluate(opened: Opened, data: Path, max_length: int, output: Path | None, quiet: bool) -> dict[str, Any]:
+def evaluate(
+    path: str,
+    data: Path,
+    given: Mapping[str, Any],
+    output: Path | None,
+    base: str | None,
+    device: str,
+    trust_remote_code: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    """What lies at a path, measured on a file; `given`: options as `reading_of` takes them."""
+    from peftctl.reading import reading_of
+
+    reading = reading_of(path, data, **given)  # what is wrong there is told before a model is loaded
+    found = opened(path, base, device, trust_remote_code)
     from peftctl.evaluation import evaluate as measure
 
     with _bar("examples evaluated:", quiet) as progress:
-        return measure(opened, data, max_length, progress, output)
+        return measure(found, data, reading, progress, output)
 
 
 def generate(

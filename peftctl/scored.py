@@ -1,8 +1,9 @@
-"""What a task's head says of each row of a file, kept while it is measured, and written as one JSON object a line."""
+"""What is said of each row of a file, kept while it is measured, and written as one JSON object a line."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from peftctl.policy import Policy
 from peftctl.storage import write_file
 from peftctl.task import Task
 
+Said = tuple[int, int, dict[str, Any]]  # example, place in it, and what is written
+
 
 class Kept:
     """A policy that keeps what it scored."""
 
-    def __init__(self, policy: Policy, task: Task) -> None:
+    def __init__(self, policy: Policy, task: Task, said: list[Said]) -> None:
         self.policy = policy
         self.labels = task.labels
-        self.said: list[tuple[int, int, dict[str, Any]]] = []  # example, place in it, and what is written
+        self.said = said
 
     def tokens(self, batch: Batch) -> TokenStats:
         return self.policy.tokens(batch)
@@ -44,10 +47,11 @@ class Kept:
             self.said.append((row.example, number, {"tags": own}))
         return scores
 
-    def write(self, path: Path, dataset: Dataset) -> None:
-        """Rows in the order of the file, each with its place. Raises SaveError."""
-        lines = [
-            json.dumps({"place": dataset.places[example], **said}, ensure_ascii=False)
-            for example, _, said in sorted(self.said, key=lambda one: one[:2])
-        ]
-        write_file(path, ("\n".join(lines) + "\n").encode())
+
+def write(path: Path, dataset: Dataset, said: Iterable[Said]) -> None:
+    """What was said of rows, in the order of the file, each with its place. Raises SaveError."""
+    lines = [
+        json.dumps({"place": dataset.places[example], **more}, ensure_ascii=False)
+        for example, _, more in sorted(said, key=lambda one: one[:2])
+    ]
+    write_file(path, ("\n".join(lines) + "\n").encode())

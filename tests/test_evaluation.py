@@ -50,7 +50,7 @@ def _by_hand(thing: Opened) -> tuple[float, int]:
 def test_a_run_an_adapter_and_a_model_are_measured(part: str, output: Path) -> None:
     thing = _open(output / part)
     loss, tokens = _by_hand(thing)
-    found = evaluate(thing, DATA, 1024)
+    found = evaluate(thing, DATA)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert found["tokens"] == tokens
@@ -61,7 +61,7 @@ def test_the_size_of_micro_batches_changes_nothing(output: Path, monkeypatch: py
     for tokens in (1, 250, 4096):
         monkeypatch.setattr(evaluation, "each_once", functools.partial(each_once, tokens=tokens))
         seen: list[tuple[int, int]] = []
-        found.append(evaluate(_open(output), DATA, 1024, lambda *place, seen=seen: seen.append(place)))
+        found.append(evaluate(_open(output), DATA, progress=lambda *place, seen=seen: seen.append(place)))
         steps.append(seen)
     examples = len(DATA.read_text().splitlines())
     assert steps[0] == [(done, examples) for done in range(1, examples + 1)]
@@ -71,12 +71,12 @@ def test_the_size_of_micro_batches_changes_nothing(output: Path, monkeypatch: py
 
 
 def test_training_lowers_the_loss(output: Path) -> None:
-    assert evaluate(_open(output), DATA, 1024)["loss"] < evaluate(_open(output / "base"), DATA, 1024)["loss"]
+    assert evaluate(_open(output), DATA)["loss"] < evaluate(_open(output / "base"), DATA)["loss"]
 
 
 def test_pairs_are_refused(output: Path) -> None:
     with pytest.raises(DataError, match="holds preference pairs"):
-        evaluate(_open(output), runs.CONFIGS / "data" / "preference.jsonl", 1024)
+        evaluate(_open(output), runs.CONFIGS / "data" / "preference.jsonl")
 
 
 def test_a_run_without_a_result_says_so(tmp_path: Path) -> None:

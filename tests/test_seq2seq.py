@@ -256,7 +256,7 @@ def test_a_run_ends_in_a_merged_model_whose_embeddings_are_still_one(run: Path) 
 
 def test_what_is_measured_is_what_the_model_loses(run: Path) -> None:
     found = opened.open(opened.find(str(run)))
-    measured = evaluation.evaluate(found, TASKS["train"], 64)
+    measured = evaluation.evaluate(found, TASKS["train"])
     total, count = 0.0, 0
     for line in Path(TASKS["train"]).read_text().splitlines():
         prompt, answer = (found.chat.encode(json.loads(line)[key]) for key in ("prompt", "completion"))
@@ -332,4 +332,4 @@ def test_counting_needs_no_task(tmp_path: Path) -> None:
 def test_raw_text_has_no_prompt(run: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "all of it"}\n')
     with pytest.raises(DataError, match="raw text has no prompt for an encoder to read; give prompt and completion"):
-        evaluation.evaluate(opened.open(opened.find(str(run))), tmp_path / "rows.jsonl", 64)
+        evaluation.evaluate(opened.open(opened.find(str(run))), tmp_path / "rows.jsonl")

@@ -115,7 +115,7 @@ def test_training_ranks_its_pairs(output: Path) -> None:
 
 def test_a_file_is_scored_row_by_row(output: Path, tmp_path: Path) -> None:
     thing = opened.open(opened.find(str(output)), device="cpu")
-    found = evaluate(thing, PAIRS, 1024, output=tmp_path / "scores.jsonl")
+    found = evaluate(thing, PAIRS, output=tmp_path / "scores.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     chosen, rejected = (
         [line["scores"]["reward"] for line in lines if line["role"] == r] for r in ("chosen", "rejected")
@@ -128,7 +128,7 @@ def test_a_file_is_scored_row_by_row(output: Path, tmp_path: Path) -> None:
         DataError,
         match=r"holds messages.*; a sequence-classification of 1 labels is measured on labelled texts .* or preference",
     ):
-        evaluate(thing, runs.CONFIGS / "data" / "messages.jsonl", 1024)
+        evaluate(thing, runs.CONFIGS / "data" / "messages.jsonl")
 
 
 def test_what_does_not_score_says_so(output: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_an_adapter_that_answers_cannot_score(tmp_path: Path) -> None:
     runs.train(tmp_path / "run", runs.document(train={"max_steps": 1, "eval_every": None}))
     thing = opened.open(opened.find(str(tmp_path / "run")), device="cpu")
     with pytest.raises(InputError, match="--output: only a model with a head"):
-        evaluate(thing, PAIRS, 1024, output=tmp_path / "scores.jsonl")
+        evaluate(thing, PAIRS, output=tmp_path / "scores.jsonl")
 
 
 def test_generating_with_it_is_refused(output: Path) -> None:
