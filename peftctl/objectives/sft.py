@@ -28,7 +28,9 @@ class SftConfig(ObjectiveConfig):
         0.0, ge=0, lt=1, description="share of each label that is spread evenly over the vocabulary"
     )
     metrics: list[str] = Field(
-        [], description=f"of the answers to held-out prompts, which are then generated: {', '.join(metrics.NAMES)}"
+        [],
+        description=f"of the answers to held-out prompts, which are then generated: {', '.join(metrics.NAMES)}",
+        json_schema_extra={"items": {"type": "string", "enum": list(metrics.NAMES)}},
     )
     max_new_tokens: int = Field(128, ge=1, description="most tokens of an answer that is generated")
 
