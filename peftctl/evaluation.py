@@ -47,10 +47,10 @@ def evaluate(
     from peftctl.scored import write
 
     task = opened.found.base.task
+    if output is not None and task is None and not reading.keys.get("metrics"):
+        raise InputError("--output: this model predicts tokens and scores no rows; --metrics has answers to write")
     objective, config = _objective(file, task, reading)
     generated = objective.generates(config)
-    if output is not None and task is None and generated is None:
-        raise InputError("--output: this model predicts tokens and scores no rows; --metrics has answers to write")
     opened = _told(opened, reading)
     dataset, report = _loaded(opened, file, objective, config, reading)
     said: list[Said] = []

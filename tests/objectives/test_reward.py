@@ -145,7 +145,7 @@ def test_what_does_not_score_says_so(output: Path, tmp_path: Path) -> None:
 def test_an_adapter_that_answers_cannot_score(tmp_path: Path) -> None:
     runs.train(tmp_path / "run", runs.document(train={"max_steps": 1, "eval_every": None}))
     thing = opened.open(opened.find(str(tmp_path / "run")), device="cpu")
-    with pytest.raises(InputError, match="--output: only a model with a head"):
+    with pytest.raises(InputError, match="--output: this model predicts tokens and scores no rows"):
         evaluate(thing, PAIRS, output=tmp_path / "scores.jsonl")
 
 
