@@ -6,7 +6,6 @@ only their `forward` is replaced, so names, keys and bits are those of the plain
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftctl.kernels.linear import Product, linears
-from peftctl.kernels.matrix import matrix, packable
+from peftctl.kernels.matrix import matrix
 from peftctl.kernels.mlp import gated, slope_of
 from peftctl.kernels.norm import rms_norm
 from peftctl.methods.attachment import Attachment, Delta
@@ -163,21 +162,6 @@ def _watched(module: nn.Module) -> bool:
 def _restore(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         del module.forward
-
-
-def affordable(model: nn.Module) -> bool:
-    """Whether packed copies of the matrices pay and fit: in float32, and in a quarter of the machine's memory.
-
-    Of all of it, not of what is free just now: the same recipe is to give the same bits.
-    """
-    weights = [p for p in model.parameters() if p.ndim == 2]
-    needed = 2 * sum(p.numel() * p.element_size() for p in weights)
-    return all(p.dtype is torch.float32 and packable(p) for p in weights) and needed < memory() / 4
-
-
-def memory() -> int:
-    """Bytes that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _product_at(attachment: Attachment, indices: Sequence[int]) -> Delta | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -11,7 +11,6 @@ from peftctl import checkpoint, methods, objectives, optim
 from peftctl import model as models
 from peftctl.adapter import attach, with_head
 from peftctl.checkpoint import Progress, State
-from peftctl.fuse import affordable
 from peftctl.imports import unswept
 from peftctl.methods.attachment import Attachment
 from peftctl.opened import policy_of
@@ -59,8 +58,7 @@ def load(planned: Plan, folder: RunFolder, state: State | None, options: Options
     start = frozen_copy(attachment)
     policy = policy_of(model, attachment, planned.skeleton.dimensions.layers, recipe.model.layout, folder.layout())
     if settings.fuse:
-        packed = folder.choice("packed")
-        policy.fuse(pack=_packed(settings, model) if packed is None else packed)
+        policy.fuse(pack=settings.pack_weights)
     if not objective.likelihood:  # what is learnt is a small difference of log-probabilities
         policy.exact_logits()
     policy.balance = balance_of(model, settings.router_loss)
@@ -88,10 +86,6 @@ def _head_rate(settings: TrainConfig, skeleton: Skeleton) -> dict[str, float]:
     own = settings.head_learning_rate
     names = (dotted(module.path, name) for module in skeleton.added for name in module.shapes)
     return {} if own is None else dict.fromkeys(names, own / settings.learning_rate)
-
-
-def _packed(settings: TrainConfig, model: Any) -> bool:
-    return affordable(model) if settings.pack_weights is None else settings.pack_weights
 
 
 def _restore(attachment: Attachment, optimizer: torch.optim.Optimizer, state: State) -> Progress:

@@ -177,7 +177,6 @@ def _choices(training: Training, kept: Sequence[Reuse | Remembered]) -> dict[str
         "device": str(parameter.device),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "packed": training.policy.packed,
         "router_loss": training.policy.balance.coefficient if training.policy.balance is not None else 0.0,
         "frozen_blocks": sum(one.frozen.count for one in kept if isinstance(one, Reuse)),
         "remembered_reference": any(isinstance(one, Remembered) for one in kept),

@@ -165,11 +165,7 @@ class TrainConfig(Block):
     )
     device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
     fuse: bool = Field(True, description="compute linears that share an input together, by kernels of our own")
-    pack_weights: bool | None = Field(
-        None,
-        description="keep copies of the matrices as the CPU multiplies fastest; null: for float32, where they take "
-        "less than a quarter of the machine's memory",
-    )
+    pack_weights: bool = Field(False, description="keep copies of the matrices in the order that the CPU multiplies in")
     cache_reference: bool = Field(
         True, description="compute the reference's log-probabilities once, where a run sees rows more than once"
     )

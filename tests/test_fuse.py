@@ -9,7 +9,7 @@ from torch import Tensor
 from peftctl import methods
 from peftctl.adapter import attach
 from peftctl.batch import build
-from peftctl.fuse import affordable, fuse
+from peftctl.fuse import fuse
 from peftctl.methods.attachment import Attachment
 from peftctl.opened import policy_of
 from peftctl.policy import Policy, checkpointed
@@ -216,12 +216,6 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
     torch.manual_seed(1)
     again = answers(found)
     assert torch.equal(kept[0], again[0]) and all(torch.equal(a, b) for a, b in zip(kept[1], again[1], strict=True))
-
-
-def test_packing_is_for_float32_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert affordable(tiny("llama")) and not affordable(tiny("llama").to(torch.bfloat16))
-    monkeypatch.setattr("peftctl.fuse.memory", lambda: 1000)
-    assert not affordable(tiny("llama"))
 
 
 def test_linears_that_are_trained_or_not_reached_stay_as_they_are() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peftctl import layout, loading, report
+from peftctl import layout, report
 from peftctl.data.batches import Batches
 from peftctl.errors import InputError, Stopped
 from peftctl.policy import Layout
@@ -264,13 +264,9 @@ def test_what_was_chosen_at_the_start_is_chosen_again(tmp_path: Path, monkeypatc
     with runs.stopped_after(2, output), pytest.raises(Stopped):
         runs.train(output, contents)
     before = json.loads((output / "run.json").read_text())["choices"]
-    assert before["packed"] and before["frozen_blocks"] and before["remembered_reference"]
+    assert before["frozen_blocks"] and before["remembered_reference"]
     assert before["layout"]["name"] == "shared" and before["device"] == "cpu"
-    for owner, name, answer in (
-        (layout, "choose", Layout("padded")),
-        (loading, "affordable", False),
-        (Batches, "passes", 0.5),
-    ):
+    for owner, name, answer in ((layout, "choose", Layout("padded")), (Batches, "passes", 0.5)):
         monkeypatch.setattr(owner, name, lambda *_, answer=answer: answer)
     runs.train(output, contents, resume=True)
     assert json.loads((output / "run.json").read_text())["choices"] == before

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftctl.kernels.matrix import Matrix, thin
+from peftctl.kernels.matrix import Matrix, linear
 
 
 class Product(NamedTuple):
@@ -61,9 +61,9 @@ class Group:
     def _lowered(self, x: Tensor, a: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """A x of each product, (n, rank), and the masks of dropout, where there is any."""
         if not self.dropout:
-            return list(thin(x, a).split_with_sizes(self.ranks, dim=1)), []
+            return list(linear(x, a).split_with_sizes(self.ranks, dim=1)), []
         dropped, masks = zip(*(torch.native_dropout(x, p.dropout, True) for p in self.products), strict=True)
-        return [thin(d, part) for d, part in zip(dropped, a.split_with_sizes(self.ranks), strict=True)], list(masks)
+        return [linear(d, part) for d, part in zip(dropped, a.split_with_sizes(self.ranks), strict=True)], list(masks)
 
     def backward(
         self, x: Tensor | None, slopes: Sequence[Tensor], saved: Sequence[Tensor], wanted: bool

@@ -1,4 +1,4 @@
-"""A frozen matrix in the form that its device multiplies fastest: as it is, or packed for oneDNN on the CPU."""
+"""A frozen matrix, multiplied by the library that is fastest on its device: as it is stored, or packed for that."""
 
 from __future__ import annotations
 
@@ -22,29 +22,26 @@ class Matrix:
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, in) -> (n, out), the bias added."""
-        return F.linear(x, self.out_in, self.bias)
+        return linear(x, self.out_in, self.bias)
 
     def backward(self, slope: Tensor, onto: Tensor | None = None) -> Tensor:
         """The gradient of `forward`'s input, slope (n, out) -> (n, in); added to `onto`, which is used up."""
-        return slope @ self.out_in if onto is None else onto.addmm_(slope, self.out_in)
+        if onto is None:
+            return linear(slope, self.out_in.T)
+        if _by_onednn(self.out_in):
+            return _linear().binary(slope, onto, self.out_in.T, None, "add")  # type: ignore[no-any-return]
+        return onto.addmm_(slope, self.out_in)
 
 
 class Packed(Matrix):
-    """The same, with a copy for each direction in oneDNN's own order."""
+    """The same, with a copy for the forward pass in oneDNN's own order. The other way it gains nothing."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> None:
         super().__init__(weight, bias, transposed=transposed)
-        self._there = _packed(self.out_in)
-        self._back = _packed(self.out_in.T)
+        self._packed = _packed(self.out_in)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _linear()(x, self._there, self.bias, "none", [], "")
-        return out
-
-    def backward(self, slope: Tensor, onto: Tensor | None = None) -> Tensor:
-        if onto is None:
-            return _linear()(slope, self._back, None, "none", [], "")  # type: ignore[no-any-return]
-        return _linear().binary(slope, onto, self._back, None, "add")  # type: ignore[no-any-return]
+        return _onednn(x, self._packed, self.bias)
 
 
 def matrix(weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False, pack: bool = False) -> Matrix:
@@ -57,7 +54,7 @@ def onward(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Ten
     if not packable(weight):
         return lambda x: F.linear(x, weight, bias)
     there = _packed(weight)
-    return lambda x: _linear()(x, there, bias, "none", [], "")
+    return lambda x: _onednn(x, there, bias)
 
 
 def packable(weight: Tensor) -> bool:
@@ -65,14 +62,22 @@ def packable(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in PACKABLE and _there_is_one()
 
 
-def thin(x: Tensor, weight: Tensor) -> Tensor:
-    """x (n, in) @ weight (out, in) transposed, where one side is only a rank wide.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (n, in) @ weight (out, in) transposed, the bias added.
 
-    In fp32 on the CPU oneDNN is ahead of the library that torch takes by itself.
+    In fp32 on the CPU by oneDNN: the library that torch takes by itself is made for one maker's processors, and half as
+    fast on others.
     """
-    if x.dtype is torch.float32 and packable(weight):
-        return _linear()(x.contiguous(), weight.contiguous(), None, "none", [], "")  # type: ignore[no-any-return]
-    return F.linear(x, weight)
+    return _onednn(x, weight, bias) if _by_onednn(weight) else F.linear(x, weight, bias)
+
+
+def _by_onednn(weight: Tensor) -> bool:
+    return weight.dtype is torch.float32 and packable(weight)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = _linear()(x, weight, bias, "none", [], "")
+    return out
 
 
 def _packed(weight: Tensor) -> Any:

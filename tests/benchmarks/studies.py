@@ -85,8 +85,6 @@ def ablation(names: Sequence[str], setting: Setting, rounds: int, wanted: Sequen
     for workload in map(WORKLOADS.__getitem__, names):
         prepare([workload], setting)
         for switch in wanted or (*ABLATIONS, *([KNOWN] if workload.again else [])):
-            if switch == "train.pack_weights=true" and "model.dtype=float32" in workload.sets:
-                switch = "train.pack_weights=false"  # there it is the default
             sets, without = ([switch], None) if "=" in switch else ([], switch)
             pairs = []
             for _ in range(rounds):

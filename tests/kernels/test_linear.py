@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from peftctl.kernels.linear import Product, linears, plain_linears
-from peftctl.kernels.matrix import Matrix, matrix, packable, thin
+from peftctl.kernels.matrix import Matrix, Packed, linear, matrix, packable
 
 OUT = (12, 4, 8)
 KINDS = [
@@ -92,16 +92,27 @@ def test_below_the_first_product_no_gradient_is_taken() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_and_transposed_matrices_multiply_alike(dtype: torch.dtype) -> None:
+def test_matrices_of_every_form_multiply_alike(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(6, 10, dtype=dtype), torch.randn(6, dtype=dtype)
     x, slope = torch.randn(7, 10, dtype=dtype), torch.randn(7, 6, dtype=dtype)
     assert packable(weight)
-    plain = Matrix(weight, bias)
+    expected, back = x @ weight.T + bias, slope @ weight
     near = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
-    for other in (matrix(weight, bias, pack=True), matrix(weight.T.contiguous(), bias, transposed=True, pack=True)):
-        torch.testing.assert_close(other.forward(x), plain.forward(x), **near)
-        torch.testing.assert_close(other.backward(slope), plain.backward(slope), **near)
-        onto = torch.randn(7, 10, dtype=dtype)
-        torch.testing.assert_close(other.backward(slope, onto.clone()), plain.backward(slope) + onto, **near)
-    torch.testing.assert_close(thin(x, weight), x @ weight.T, **near)
+    stored = weight.T.contiguous()
+    for pack in (False, True):
+        for own in (matrix(weight, bias, pack=pack), matrix(stored, bias, transposed=True, pack=pack)):
+            assert isinstance(own, Packed) is pack
+            torch.testing.assert_close(own.forward(x), expected, **near)
+            torch.testing.assert_close(own.backward(slope), back, **near)
+            onto = torch.randn(7, 10, dtype=dtype)
+            torch.testing.assert_close(own.backward(slope, onto.clone()), back + onto, **near)
+            wide = slope[:, :1].expand(-1, 6)  # as the gradient of a sum is
+            torch.testing.assert_close(own.backward(wide), wide @ weight, **near)
+    torch.testing.assert_close(linear(x[:, ::2], weight[:, ::2]), x[:, ::2] @ weight[:, ::2].T, **near)
+
+
+def test_no_copy_of_a_matrix_is_kept_unless_it_is_asked_for() -> None:
+    weight = torch.randn(6, 10)
+    kept = [value for value in vars(matrix(weight)).values() if isinstance(value, torch.Tensor)]
+    assert [value.data_ptr() for value in kept] == [weight.data_ptr()]
