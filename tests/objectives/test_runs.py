@@ -106,7 +106,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_is_as_large_as_all_labels_by_the_vocabulary(
     trained_head: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_stats, "CHUNK", 7 * VOCABULARY)
+    monkeypatch.setattr(token_stats, "CHUNK", 4 * 7 * VOCABULARY)  # bytes
     model, method = tiny("llama"), methods.get("lora")
     modules = ["q_proj", *(["lm_head"] if trained_head else [])]
     attachment = attach(model, method, method.config(name="lora", rank=2, target_modules=modules), 0)
