@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from peftctl.loading import load
 from peftctl.plan import Options, Plan, plan
 from peftctl.policy import Reference
 from peftctl.rollouts import Rollouts
+from peftctl.row import Row
 from peftctl.run_folder import RunFolder
 from peftctl.trainer import Question
 from tests import runs
@@ -211,3 +213,20 @@ def test_mistakes_in_rewards_are_told_with_their_places(tmp_path: Path) -> None:
     told = ["there is no reward 'lenght'; did you mean length", "did you mean weight?", "rewards.2.name is missing"]
     told += ["is 3; text is meant", "a mapping is meant"]
     assert all(said in line for line, said in zip(lines, told, strict=True))
+
+
+def test_streamed_prompts_are_asked_in_turn_each_for_as_many_steps() -> None:
+    asked: list[int] = []
+
+    class Watched(Rollouts):
+        def _answered(self, index: int, start: int) -> list[list[Row]]:
+            asked.append(start)
+            return []
+
+    prompts: Any = SimpleNamespace(stream=object(), chosen=lambda start: (None, [], start + 3))
+    objective: Any = SimpleNamespace(repeats=lambda config: 2)
+    nothing: Any = None
+    rollouts, position = Watched(prompts, objective, None, nothing, nothing), 0
+    for _ in range(6):
+        _, position = rollouts.step(position)
+    assert asked == [0, 3, 6]
