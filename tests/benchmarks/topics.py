@@ -25,10 +25,10 @@ HEAD = 3e-1
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "lora": ({"name": "lora", "rank": 8, "alpha": 16, "target_modules": "[query, key, value, dense]"}, 2e-3),
     "bottleneck": ({"name": "bottleneck", "preset": "pfeiffer", "reduction_factor": 8}, 5e-3),
-    "prefix": ({"name": "prefix", "num_virtual_tokens": 20}, 3e-2),
-    "bitfit": ({"name": "bitfit"}, 1e-2),
+    "prefix": ({"name": "prefix", "num_virtual_tokens": 20}, 1e-1),
+    "bitfit": ({"name": "bitfit"}, 3e-3),
     "head": ({"name": "head"}, HEAD),
-    "full": ({"name": "full"}, 2e-4),
+    "full": ({"name": "full"}, 1e-4),
 }
 TRIED = {
     "lora": (5e-4, 1e-3, 2e-3),
