@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz fuzz-guided audit demo demo-data topics-data bench-topics bench-speed bench-rows conformance wheel clean
+.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz fuzz-guided audit demo demo-data topics-data bench-topics bench-speed bench-products bench-rows conformance wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -89,6 +89,9 @@ bench-topics: topics-data ## Compare methods at telling topics: accuracy and par
 
 bench-speed: demo-data ## Measure the speed against TRL + peft; ARGS="--list" and others, see tests/benchmarks/speed.py
 	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
+
+bench-products: venv ## Measure one linear's products in every type and way; ARGS="--rounds 9", see tests/benchmarks/products.py
+	$(BIN)/python -m tests.benchmarks.products $(ARGS)
 
 bench-rows: venv ## Measure the pre-flight of 100,000 rows: seconds and memory; ARGS="--streaming" and others, see tests/benchmarks/rows.py
 	$(OFFLINE) $(BIN)/python -m tests.benchmarks.rows $(ARGS)

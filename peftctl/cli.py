@@ -28,6 +28,7 @@ Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="over
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
+ComputeType = Annotated[str, typer.Option(help="what weights are multiplied in: auto, float32, bfloat16 or float16")]
 BaseOption = Annotated[str | None, typer.Option("--base", help="the base, if not the one the adapter names")]
 
 
@@ -163,6 +164,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="no chat template: continue the prompt as it is")] = False,
     base: BaseOption = None,
     device: Device = "auto",
+    compute_dtype: ComputeType = "auto",
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
@@ -170,7 +172,8 @@ def generate(
     from peftctl import commands
 
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    opened = commands.opened(path, base, device, trust_remote_code)
+    options = commands.ModelOptions(base, device, compute_dtype, trust_remote_code, quiet)
+    opened = commands.opened(path, options)
     result = commands.generate(opened, prompt, system, raw, sampling, stream=not json_)
     _print(result, json_, lambda answer: "")
 
@@ -188,6 +191,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="a file for each row's scores or generated answer")] = None,
     base: BaseOption = None,
     device: Device = "auto",
+    compute_dtype: ComputeType = "auto",
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
@@ -199,7 +203,8 @@ def evaluate(
 
     given = {"asked": metrics, "max_new_tokens": max_new_tokens, "format": format_, "columns": column}
     given |= {"max_length": max_length, "truncate": truncate}
-    result = commands.evaluate(path, data, given, output, base, device, trust_remote_code, quiet)
+    options = commands.ModelOptions(base, device, compute_dtype, trust_remote_code, quiet)
+    result = commands.evaluate(path, data, given, output, options)
     _print(result, json_, commands.described)
 
 

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peftctl import compute
 from peftctl import recipe as recipes
 from peftctl.errors import InputError
 from peftctl.imports import importing
@@ -137,13 +138,31 @@ def export(
     return run(adapter, output, to=to, server=server, name=name, base=base, trust_remote_code=trust_remote_code)
 
 
-def opened(path: str, base: str | None, device: str, trust_remote_code: bool) -> Opened:
+class ModelOptions(NamedTuple):
+    """How a command without a recipe loads a model."""
+
+    base: str | None = None  # in place of the one that an adapter names
+    device: str = "auto"
+    compute_dtype: str = "auto"
+    trust_remote_code: bool = False
+    quiet: bool = False
+
+
+def opened(path: str, options: ModelOptions) -> Opened:
     """The policy that a path means, loaded."""
+    if options.compute_dtype not in compute.NAMES:
+        raise InputError(f"--compute-dtype: {options.compute_dtype!r} is not known; {', '.join(compute.NAMES)} are")
     with importing():
         from peftctl import opened as places
 
-    found = places.find(path, base, trust_remote_code=trust_remote_code)
-    return places.open(found, device=device, trust_remote_code=trust_remote_code)
+    found = places.find(path, options.base, trust_remote_code=options.trust_remote_code)
+    return places.open(
+        found,
+        device=options.device,
+        precision=compute.Precision(compute=options.compute_dtype),
+        trust_remote_code=options.trust_remote_code,
+        notice=lambda text: None if options.quiet else print(f"peftctl: {text}", file=sys.stderr),
+    )
 
 
 def evaluate(
@@ -151,19 +170,16 @@ def evaluate(
     data: Path,
     given: Mapping[str, Any],
     output: Path | None,
-    base: str | None,
-    device: str,
-    trust_remote_code: bool,
-    quiet: bool,
+    options: ModelOptions,
 ) -> dict[str, Any]:
     """What lies at a path, measured on a file; `given`: options as `reading_of` takes them."""
     from peftctl.reading import reading_of
 
     reading = reading_of(path, data, **given)  # what is wrong there is told before a model is loaded
-    found = opened(path, base, device, trust_remote_code)
+    found = opened(path, options)
     from peftctl.evaluation import evaluate as measure
 
-    with _bar("examples evaluated:", quiet) as progress:
+    with _bar("examples evaluated:", options.quiet) as progress:
         return measure(found, data, reading, progress, output)
 
 

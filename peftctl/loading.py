@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from peftctl import checkpoint, methods, objectives, optim
+from peftctl import checkpoint, compute, methods, objectives, optim
 from peftctl import model as models
 from peftctl.adapter import attach, with_head
 from peftctl.checkpoint import Progress, State
+from peftctl.compute import Precision
 from peftctl.imports import unswept
 from peftctl.methods.attachment import Attachment
 from peftctl.opened import policy_of
@@ -38,7 +40,9 @@ class Training(NamedTuple):
 
 
 @unswept()
-def load(planned: Plan, folder: RunFolder, state: State | None, options: Options) -> Training:
+def load(
+    planned: Plan, folder: RunFolder, state: State | None, options: Options, notice: Callable[[str], None]
+) -> Training:
     """Base, deltas, reference and optimizer, as they are at the state's step (or at 0)."""
     recipe, settings = planned.recipe, planned.recipe.train
     objective = objectives.get(recipe.objective.name)
@@ -46,7 +50,8 @@ def load(planned: Plan, folder: RunFolder, state: State | None, options: Options
     chosen = folder.choice("device") if settings.device == "auto" else None
     device = models.device(chosen or settings.device)
     trust = options.trust_remote_code
-    model = models.load(planned.base, recipe.model.dtype, device, settings.seed, trust_remote_code=trust)
+    precision = Precision(recipe.model.dtype, _compute_type(settings, folder, device, notice))
+    model = models.load(planned.base, precision, device, settings.seed, trust_remote_code=trust, notice=notice)
     if not objective.base_dropout:
         without_dropout(model)
     if settings.gradient_checkpointing:
@@ -79,6 +84,26 @@ def load(planned: Plan, folder: RunFolder, state: State | None, options: Options
     if watch is not None and state is not None:
         watch.restore(state.facts, state.best)
     return Training(policy, attachment, start, reference, optimizer, progress, watch)
+
+
+def _compute_type(settings: TrainConfig, folder: RunFolder, device: str, notice: Callable[[str], None]) -> str:
+    """The type to compute in: the recipe's; where that is auto, the one that the run began with.
+
+    A run that was begun before the type was recorded computed in the type that it stored.
+    """
+    before: str | None = folder.choice("compute_dtype") or folder.choice("dtype")
+    if before is None:
+        return settings.compute_dtype
+    if settings.compute_dtype != "auto":
+        if settings.compute_dtype != before:
+            notice(f"computing in {settings.compute_dtype} from here on; the run computed in {before} so far")
+        return settings.compute_dtype
+    if before == "bfloat16" and device == "cpu" and not compute.fast_bfloat16():
+        notice(
+            "the run began on a machine with fast bfloat16, which this one lacks: it continues in bfloat16, for equal "
+            "results, and much slower; --set train.compute_dtype=float32 continues in float32"
+        )
+    return before
 
 
 def _head_rate(settings: TrainConfig, skeleton: Skeleton) -> dict[str, float]:

@@ -16,6 +16,7 @@ from peftctl import model as models
 from peftctl import storage
 from peftctl.adapter import attach
 from peftctl.adapter import deltas as unhung
+from peftctl.compute import Precision
 from peftctl.data.chat import Chat
 from peftctl.errors import InputError, PeftctlError
 from peftctl.formats.shards import fingerprint
@@ -26,7 +27,6 @@ from peftctl.run_folder import peak_memory_bytes
 from peftctl.seq2seq import call
 from peftctl.surgery import device_of
 
-SMALL = 2_000_000_000  # parameters up to which the proof computes in fp32
 # of the logits' norm: with every weight rounded to bfloat16 it was 0.03, though single logits were off by 0.13 of the
 # largest
 BROKEN = 0.1
@@ -112,10 +112,9 @@ def _difference(several: Sequence[Found], output: Path, trust_remote_code: bool)
     The files hold rounded weights, base + adapter does not: in bfloat16 that alone is some percent of a logit.
     """
     found = several[0]
-    dtype = "float32" if found.skeleton.parameters() <= SMALL else "auto"
-    expected = _logits(several, dtype, trust_remote_code)
+    expected = _logits(several, trust_remote_code)
     merged = Found(bases.resolve(str(output))._replace(task=found.base.task), found.skeleton, None, found.tokenizer)
-    error = _logits([merged], dtype, trust_remote_code) - expected
+    error = _logits([merged], trust_remote_code) - expected
     difference, largest = float(error.abs().max()), float(expected.abs().max())
     if not float(error.norm()) <= BROKEN * float(expected.norm()):
         storage.remove(output)  # nobody should serve it
@@ -126,9 +125,10 @@ def _difference(several: Sequence[Found], output: Path, trust_remote_code: bool)
 
 
 @torch.no_grad()
-def _logits(several: Sequence[Found], dtype: str, trust_remote_code: bool) -> Tensor:
+def _logits(several: Sequence[Found], trust_remote_code: bool) -> Tensor:
     found, *others = several
-    policy = load(found, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code).policy
+    precision = Precision(compute="float32")
+    policy = load(found, device="cpu", precision=precision, trust_remote_code=trust_remote_code).policy
     for other in others:
         assert other.adapter is not None
         attachment = attach(policy.model, other.adapter.method, other.adapter.config, 0).eval()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftctl import compute
 from peftctl.base import Base, cache_folder
+from peftctl.compute import Precision
 from peftctl.errors import ModelError
 from peftctl.formats.shards import shards
 from peftctl.skeleton import Dimensions, Module, NewRows, Skeleton
@@ -20,14 +23,32 @@ if TYPE_CHECKING:
     import torch
 
 
-def load(base: Base, dtype: str, device: str, seed: int, *, trust_remote_code: bool = False) -> Any:
-    """The frozen model in eval mode on a device. Raises ModelError when the weights do not fit the architecture."""
+def load(
+    base: Base,
+    precision: Precision,
+    device: str,
+    seed: int,
+    *,
+    trust_remote_code: bool = False,
+    notice: Callable[[str], None] = lambda text: None,
+) -> Any:
+    """The frozen model in eval mode on a device. Raises ModelError when the weights do not fit the architecture.
+
+    `notice` is called with a line where the model is computed in another type than it is stored in.
+    """
+    from peftctl.kernels.stored import multiply_in, stored_type
     from peftctl.surgery import frozen, grown
 
     _quiet()
-    wanted = _dtype(dtype, device)
+    wanted = _dtype(precision.stored)
     model = _random(base, wanted, seed) if base.weights is None else _stored(base, wanted, trust_remote_code)
-    return frozen(_widened(grown(model, base.rows))).to(device).eval()
+    model = frozen(_widened(grown(model, base.rows))).to(device).eval()
+    stored = stored_type(model)
+    choice = compute.choose(precision.compute, stored, device)
+    if choice.dtype is stored:
+        return model
+    notice(compute.describe(choice, stored))
+    return multiply_in(model, choice.dtype)
 
 
 def device(name: str) -> str:
@@ -106,14 +127,13 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _dtype(name: str, device: str) -> torch.dtype | str:
+def _dtype(name: str) -> torch.dtype | str:
     import torch
 
     if name == "auto":
         return "auto"
     wanted: torch.dtype = getattr(torch, name)
-    # half precision has no fast or complete kernels there
-    return torch.float32 if wanted is torch.float16 and device == "cpu" else wanted
+    return wanted
 
 
 def _config(base: Base, trust_remote_code: bool) -> Any:

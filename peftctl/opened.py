@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftctl import base as bases
 from peftctl import model as models
+from peftctl.compute import AUTO, Precision
 from peftctl.data.chat import Chat
 from peftctl.data.sides import chat_of
 from peftctl.errors import FormatError, ModelError
@@ -76,13 +77,19 @@ def find(
 
 
 def open(
-    found: Found, *, device: str = "auto", dtype: str = "auto", seed: int = 0, trust_remote_code: bool = False
+    found: Found,
+    *,
+    device: str = "auto",
+    precision: Precision = AUTO,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Opened:
-    """Load what was found, as a policy in eval mode."""
+    """Load what was found, as a policy in eval mode. `notice`: as of `model.load`."""
     from peftctl.adapter import attach
 
     device = models.device(device)
-    model = models.load(found.base, dtype, device, seed, trust_remote_code=trust_remote_code)
+    model = models.load(found.base, precision, device, seed, trust_remote_code=trust_remote_code, notice=notice)
     attachment = None
     if found.adapter is not None:
         attachment = attach(model, found.adapter.method, found.adapter.config, seed)

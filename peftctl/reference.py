@@ -9,8 +9,10 @@ from peftctl import methods, objectives
 from peftctl import model as models
 from peftctl.base import Base
 from peftctl.checkpoint import State
+from peftctl.compute import Precision
 from peftctl.errors import InputError
 from peftctl.formats.peft import Adapter
+from peftctl.kernels.stored import computed_type
 from peftctl.methods.attachment import Attachment
 from peftctl.opened import policy_of
 from peftctl.plan import Plan
@@ -48,7 +50,9 @@ def _other(base: Base, planned: Plan, policy: Policy, trust_remote_code: bool) -
     """Another model, on the policy's device, by the same kernels."""
     settings, wanted = planned.recipe.train, planned.recipe.model
     device = str(device_of(policy.model))
-    model = models.load(base, wanted.dtype, device, settings.seed, trust_remote_code=trust_remote_code)
+    computed = str(computed_type(policy.model)).removeprefix("torch.")
+    precision = Precision(wanted.dtype, computed)
+    model = models.load(base, precision, device, settings.seed, trust_remote_code=trust_remote_code)
     without_dropout(model)
     layers = models.skeleton(base, trust_remote_code=trust_remote_code).dimensions.layers
     other = policy_of(model, None, layers, wanted.layout)

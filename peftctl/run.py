@@ -16,10 +16,12 @@ from peftctl import base as bases
 from peftctl import checkpoint, jobs, lock, methods, room, signals, standin
 from peftctl import model as models
 from peftctl.checkpoint import Progress, State
+from peftctl.compute import AUTO
 from peftctl.distributed import World, joined, local_rank
 from peftctl.errors import Stopped, Unfoldable
 from peftctl.feeding import batches_of
 from peftctl.formats import peft
+from peftctl.kernels.stored import computed_type, stored_type
 from peftctl.loading import Training, load
 from peftctl.merging import merge
 from peftctl.plan import Options, Plan, plan, without_tokens
@@ -30,6 +32,7 @@ from peftctl.report import Log, display, read, tee, truncate
 from peftctl.reuse import Reuse
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
 from peftctl.schema import Recipe
+from peftctl.surgery import device_of
 from peftctl.trainer import Job
 from peftctl.trainer import train as loop
 from peftctl.watch import back_to_best
@@ -62,7 +65,7 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         _same_threads(folder.choice("threads"), shown.notice)
         random_base = planned.base.weights is None
         planned = _with_weights(planned, folder)
-        training = load(planned, folder, state, options)
+        training = load(planned, folder, state, options, shown.notice)
         _exactness(next(training.policy.model.parameters()).device.type, shown.notice)
         batches = batches_of(planned, training.policy, world, {} if state is None else state.facts)
         kept = jobs.kept(planned, training, batches, folder, shown.notice)
@@ -103,7 +106,7 @@ def _follow(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     _same_threads(folder.choice("threads"), _ignore)
     state = checkpoint.load(Path(told["checkpoint"])) if told["checkpoint"] else None
     with signals.caught() as stop, ExitStack() as serving:
-        training = load(planned, folder, state, options)
+        training = load(planned, folder, state, options, _ignore)
         batches = batches_of(planned, training.policy, world, {} if state is None else state.facts)
         for one in jobs.kept(planned, training, batches, folder, _ignore):
             if one.fill(stop, _ignore):
@@ -162,7 +165,7 @@ def _with_weights(planned: Plan, folder: RunFolder) -> Plan:
     target = folder.path / "base"
     if not target.is_dir():
         base, chat = without_tokens(planned)
-        model = models.load(base, "auto", "cpu", planned.recipe.train.seed)
+        model = models.load(base, AUTO, "cpu", planned.recipe.train.seed)
         with written_aside(target) as temporary:
             model.save_pretrained(temporary)
             chat.save(temporary)
@@ -172,10 +175,11 @@ def _with_weights(planned: Plan, folder: RunFolder) -> Plan:
 
 def _choices(training: Training, kept: Sequence[Reuse | Remembered]) -> dict[str, Any]:
     """What was decided without being asked."""
-    parameter = next(training.policy.model.parameters())
+    model = training.policy.model
     return {
-        "device": str(parameter.device),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": str(device_of(model)),
+        "dtype": str(stored_type(model)).removeprefix("torch."),
+        "compute_dtype": str(computed_type(model)).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "router_loss": training.policy.balance.coefficient if training.policy.balance is not None else 0.0,
         "frozen_blocks": sum(one.frozen.count for one in kept if isinstance(one, Reuse)),

@@ -26,7 +26,9 @@ class ModelConfig(Block):
         description="the head that is used: that of tokens (seq2seq-lm: of an encoder-decoder), or a new one that "
         "scores rows or tokens",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as stored")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="what weights are stored in; auto: as in the base's files"
+    )
     quantize: str | None = Field(None, description="null")
     layout: Literal["auto", "shared", "joined", "padded"] = Field("auto", description="how batches are laid out")
     tokenizer: str | None = Field(None, min_length=1, description="a tokenizer's folder, if not the model's own")
@@ -164,6 +166,11 @@ class TrainConfig(Block):
         False, description="recompute blocks in the backward pass: less memory, slower"
     )
     device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="the type that weights are multiplied in, whatever model.dtype stores them in; auto: as stored, "
+        "and float32 where the device has no fast bfloat16",
+    )
     fuse: bool = Field(True, description="compute linears that share an input together, by kernels of our own")
     pack_weights: bool = Field(False, description="keep copies of the matrices in the order that the CPU multiplies in")
     cache_reference: bool = Field(

@@ -23,6 +23,7 @@ LAYERS = [
         "model",
         "adapter",
         "checkpoint",
+        "compute",
         "counting",
         "folding",
         "generation",

@@ -16,6 +16,7 @@ from peftctl import model as models
 from peftctl.adapter import attach
 from peftctl.base import Base, resolve
 from peftctl.batch import Batch, build
+from peftctl.compute import AUTO
 from peftctl.counting import count
 from peftctl.errors import InputError
 from peftctl.exporting import export
@@ -60,7 +61,7 @@ def base_of(folder: Path, name: str, task: Task) -> Base:
 
 def loaded(base: Base, method: str = "lora", moved: bool = True) -> tuple[Policy, Attachment, Any]:
     """A policy whose deltas and head are moved off their start."""
-    model, config = models.load(base, "auto", "cpu", 0), methods.get(method).config(name=method, **METHODS[method])
+    model, config = models.load(base, AUTO, "cpu", 0), methods.get(method).config(name=method, **METHODS[method])
     attachment = attach(model, methods.get(method), config, 0).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -16,6 +16,7 @@ import torch
 
 from peftctl import base as bases
 from peftctl import model as models
+from peftctl.compute import AUTO, Precision
 from peftctl.errors import ModelError
 from tests import runs
 from tests.models import tiny
@@ -73,22 +74,22 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
 def test_what_cannot_be_served_is_refused_in_one_line(harm: Callable[[Path], object], said: str, folder: Path) -> None:
     harm(folder)
     with pytest.raises(ModelError) as caught:
-        models.load(bases.resolve(str(folder)), "auto", "cpu", 0)
+        models.load(bases.resolve(str(folder)), AUTO, "cpu", 0)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_folder_loads_as_stored_frozen_and_in_eval_mode(folder: Path) -> None:
-    model = models.load(bases.resolve(str(folder)), "auto", "cpu", 0)
+    model = models.load(bases.resolve(str(folder)), AUTO, "cpu", 0)
     expected = tiny("llama").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert not model.training and not any(p.requires_grad for p in model.parameters())
-    half = models.load(bases.resolve(str(folder)), "bfloat16", "cpu", 0)
+    half = models.load(bases.resolve(str(folder)), Precision("bfloat16", "bfloat16"), "cpu", 0)
     assert next(half.parameters()).dtype == torch.bfloat16
 
 
 def test_a_bare_architecture_is_drawn_by_its_seed() -> None:
     base = bases.resolve(str(LLAMA))
-    one, same, other = (models.load(base, "auto", "cpu", seed).lm_head.weight for seed in (1, 1, 2))
+    one, same, other = (models.load(base, AUTO, "cpu", seed).lm_head.weight for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 

@@ -12,6 +12,7 @@ import torch
 from peftctl import base as bases
 from peftctl import commands, methods, model, objectives, opened, recipe
 from peftctl.batch import build
+from peftctl.compute import Precision
 from peftctl.data.chat import Chat
 from peftctl.opened import policy_of
 from peftctl.plan import Options, plan
@@ -33,7 +34,7 @@ def planned() -> Any:
 
 
 def policies(skeleton: Skeleton) -> dict[str, Policy]:
-    loaded = model.load(bases.resolve(str(BASE)), "float32", "cpu", 0)
+    loaded = model.load(bases.resolve(str(BASE)), Precision("float32"), "cpu", 0)
     layers = skeleton.dimensions.layers
     return {name: policy_of(loaded, None, layers, fixed=Layout(name)) for name in ("shared", "joined", "padded")}
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftctl.kernels.matrix import Matrix, linear
+from peftctl.kernels.matrix import Matrix
+from peftctl.kernels.onednn import linear
 
 
 class Product(NamedTuple):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from peftctl import compute
 from peftctl import model as models
 from peftctl.batch import Batch
 from peftctl.kernels.matrix import Matrix, matrix, packable
@@ -91,7 +92,8 @@ def roofline(path: Path, overrides: list[str]) -> dict[str, Any]:
     skeleton = models.skeleton(job.base)
     computed = [sum(len(batch) for batch in step) for step in job.steps]
     micro_batch = round(median(len(batch) for step in job.steps for batch in step))
-    dtype = getattr(torch, job.recipe.model.dtype)
+    settings = job.recipe.train
+    dtype = compute.choose(settings.compute_dtype, getattr(torch, job.recipe.model.dtype), settings.device).dtype
     return {
         "flops": [sum(flops(skeleton, batch) for batch in step) for step in job.steps],
         "computed_tokens": computed,

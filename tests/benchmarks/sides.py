@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.benchmarks.machine import compute_type
 from tests.benchmarks.workloads import HELD_OUT, ROOT, Workload
 
 PEFTCTL = ("-m", "peftctl.cli")
@@ -47,7 +48,7 @@ class Measured(NamedTuple):
 
 def peers(workload: Workload, device: str) -> tuple[str, ...]:
     """The variants of the peer that can be run here."""
-    half = "model.dtype=float32" not in workload.sets
+    half = "model.dtype=float32" not in workload.sets and compute_type(device) == "bfloat16"
     # its trainer for pairs does not sort by length
     ways = PEERS if workload.pairs is None else (*PAIRED, *(PRECOMPUTED if workload.again else ()))
     own = [name for name in ways if half or "autocast" not in name]
@@ -84,6 +85,8 @@ def measured(
                 "--quiet",
             ]
         else:
+            # it computes in the type that it stores: on this machine in the faster one
+            words = words if compute_type(setting.device) == "bfloat16" else [*words, *_set(["model.dtype=float32"])]
             way = ["--variant", side, "--output", str(output)]
             command = ["-m", "tests.benchmarks.peer", str(workload.recipe), *words, *way]
         # a cache of its own, so that its reference is asked before its first epoch and no earlier

@@ -17,19 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from tests.benchmarks import studies
+from tests.benchmarks.machine import machine
 from tests.benchmarks.sides import OURS, WAYS, Measured, Setting, ceiling, measured, peers
 from tests.benchmarks.start_up import start_up
 from tests.benchmarks.workloads import DEFAULT, PREFERENCE, WARM_UP, WORKLOADS, Workload, available_memory
-
-PACKAGES = ("peftctl", "torch", "transformers", "trl", "peft")
 
 
 class Round(NamedTuple):
@@ -134,17 +131,6 @@ def _line(found: Comparison) -> tuple[str, ...]:
     )
 
 
-def machine(setting: Setting) -> str:
-    """Versions, processor and threads."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    return f"{versions}\n{name}, {os.cpu_count()} processors, {setting.threads} threads, on {setting.device}"
-
-
 def fits(workload: Workload) -> bool:
     free = available_memory()
     if free is None or free >= workload.memory:
@@ -159,7 +145,7 @@ def main() -> None:
         print("\n".join(f"{w.name:<20}{w.about}" for w in WORKLOADS.values()))
         return
     setting = Setting(given.steps, given.threads, given.device)
-    print(machine(setting), flush=True)
+    print(machine(setting.threads, setting.device), flush=True)
     names = given.workload or DEFAULT[given.device]
     if given.start_up:
         return start_up(setting, given.rounds)
@@ -175,7 +161,9 @@ def main() -> None:
     print(f"\n{table(comparisons)}")
     if given.output:
         documents = [comparison.document() for comparison in comparisons]
-        given.output.write_text(json.dumps({"machine": machine(setting), "workloads": documents}, indent=2))
+        given.output.write_text(
+            json.dumps({"machine": machine(setting.threads, setting.device), "workloads": documents}, indent=2)
+        )
 
 
 def _groups(names: Sequence[str], preference: bool) -> list[list[Workload]]:
