@@ -41,7 +41,11 @@ class Training(NamedTuple):
 
 @unswept()
 def load(
-    planned: Plan, folder: RunFolder, state: State | None, options: Options, notice: Callable[[str], None]
+    planned: Plan,
+    folder: RunFolder,
+    state: State | None,
+    options: Options,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Training:
     """Base, deltas, reference and optimizer, as they are at the state's step (or at 0)."""
     recipe, settings = planned.recipe, planned.recipe.train

@@ -16,6 +16,7 @@ from peftctl import commands, methods, opened, recipe
 from peftctl.adapter import attach
 from peftctl.base import Base, resolve
 from peftctl.batch import build
+from peftctl.compute import AUTO
 from peftctl.counting import count
 from peftctl.data.added import extended
 from peftctl.data.chat import Chat
@@ -53,7 +54,7 @@ def based(name: str, folder: Path, spare: int = 0, **config: Any) -> Base:
 
 
 def attached(base: Base, method: str = "lora", moved: bool = True, **keys: Any) -> tuple[Any, Attachment, Any]:
-    model = load_model(base, "auto", "cpu", 0)
+    model = load_model(base, AUTO, "cpu", 0)
     config = methods.get(method).config(name=method, **(BLOCKS.get(method, {}) | keys))
     attachment = attach(model, methods.get(method), config, 0).eval()
     generator = torch.Generator().manual_seed(3)
@@ -84,7 +85,7 @@ FAMILIES = ["llama", "gpt2", "gemma", "gemma3", "opt", "phi3", "bloom", "gptj"]
 @pytest.mark.parametrize("name", FAMILIES)
 def test_starts_as_the_grown_base_is_trained_and_is_switched_off_bit_for_bit(name: str, tmp_path: Path) -> None:
     base = based(name, tmp_path)
-    plain, expected = load_model(resolve(str(tmp_path / "base")), "auto", "cpu", 0), load_model(base, "auto", "cpu", 0)
+    plain, expected = load_model(resolve(str(tmp_path / "base")), AUTO, "cpu", 0), load_model(base, AUTO, "cpu", 0)
     old = ids().clamp(max=VOCABULARY - 1)
     with torch.no_grad():  # what was there before stays
         theirs, ours = plain(input_ids=old).logits, expected(input_ids=old).logits

@@ -15,6 +15,8 @@ from peftctl.kernels.stored import StoredWeight
 class Matrix:
     """A frozen weight (out, in), given as it is stored: (in, out) where `transposed`."""
 
+    least_rows = 1  # of x from which a product is worth what it costs beside its arithmetic
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> None:
         self.out_in = weight.T if transposed else weight
         self.bias = bias
@@ -32,6 +34,7 @@ class Widened(Matrix):
     """The same for a weight that is stored in a narrower type than it is multiplied in."""
 
     out_in: StoredWeight
+    least_rows = 256
 
     def forward(self, x: Tensor) -> Tensor:
         return stored.product(x, self.out_in, self.bias)

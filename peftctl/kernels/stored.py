@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from peftctl.kernels import onednn
 
-BLOCK = 1 << 24  # weights widened at once: a larger matrix is multiplied in blocks of rows, so the scratch stays small
+BLOCK = 1 << 25  # weights widened at once: a larger matrix is multiplied in blocks of rows, so the scratch stays small
 
 
 class StoredWeight(Tensor):

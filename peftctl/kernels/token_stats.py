@@ -50,6 +50,8 @@ def token_stats(
     width = 4 if frozen is None or frozen.wide is not None else hidden.element_size()
     chunks = -(-len(targets) // max(1, CHUNK // (vocabulary * width)))
     size = max(1, -(-len(targets) // max(1, chunks)))  # of like size
+    if frozen is not None:
+        size = max(size, frozen.matrix.least_rows)
     if frozen is None:
         return plain_token_stats(hidden, targets, head, size, mean)
     found: tuple[Tensor, ...] = _Frozen.apply(hidden, targets, frozen, size, mean)  # type: ignore[no-untyped-call]
