@@ -12,6 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from peftctl.batch import build
 from peftctl.errors import ModelError
+from peftctl.kernels.stored import wide_copies
 from peftctl.methods.attachment import Virtual
 from peftctl.policy import Policy, cache_of
 from peftctl.row import Row
@@ -44,7 +45,7 @@ def generate(
     begun = 1 if sided else prompt.shape[1]  # a decoder's answer stands behind its first token
     if temperature > 0:
         sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    with prefixed(policy.model, policy.attachment.virtual() if sided else None):
+    with wide_copies(policy.model), prefixed(policy.model, policy.attachment.virtual() if sided else None):
         output = policy.model.generate(  # type: ignore[operator]
             prompt,
             attention_mask=torch.ones_like(prompt),

@@ -37,7 +37,7 @@ def load(
     `notice` is called with a line where the model is computed in another type than it is stored in.
     """
     from peftctl.kernels.stored import multiply_in, stored_type
-    from peftctl.surgery import frozen, grown
+    from peftctl.surgery import frozen, grown, head_of_task
 
     _quiet()
     wanted = _dtype(precision.stored)
@@ -48,7 +48,7 @@ def load(
     if choice.dtype is stored:
         return model
     notice(compute.describe(choice, stored))
-    return multiply_in(model, choice.dtype)
+    return multiply_in(model, choice.dtype, keep=head_of_task(model))
 
 
 def device(name: str) -> str:

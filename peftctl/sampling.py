@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peftctl.errors import ModelError
 from peftctl.generation import primed
+from peftctl.kernels.stored import wide_copies
 from peftctl.methods.attachment import Virtual
 from peftctl.policy import Policy, last_hidden
 from peftctl.seq2seq import prefixed, rectangle, start_of, two_sided
@@ -40,13 +41,14 @@ def sample(
     """
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     answers: list[list[int]] = [[] for _ in range(len(prompts) * count)]
-    for part in _together(policy, prompts, count, max(most, default=0)):
-        places = [prompt * count + k for prompt in part for k in range(count)]
-        drawn = None if numbers is None else numbers[places]
-        limits = [most[prompt] for prompt in part for _ in range(count)]
-        chosen = _decoded(policy, [prompts[index] for index in part], count, limits, end, drawn)
-        for place, answer in zip(places, chosen, strict=True):
-            answers[place] = answer
+    with wide_copies(policy.model):
+        for part in _together(policy, prompts, count, max(most, default=0)):
+            places = [prompt * count + k for prompt in part for k in range(count)]
+            drawn = None if numbers is None else numbers[places]
+            limits = [most[prompt] for prompt in part for _ in range(count)]
+            chosen = _decoded(policy, [prompts[index] for index in part], count, limits, end, drawn)
+            for place, answer in zip(places, chosen, strict=True):
+                answers[place] = answer
     return answers
 
 

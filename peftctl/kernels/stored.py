@@ -10,8 +10,8 @@ torch the architecture calls; any other operation gets a widened copy of its own
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftctl.kernels import onednn
-
-BLOCK = 1 << 25  # weights widened at once: a larger matrix is multiplied in blocks of rows, so the scratch stays small
+from peftctl.kernels import scratch as buffers
+from peftctl.kernels.scratch import blocks, operands, scratch
+from peftctl.memory import available_bytes
 
 
 class StoredWeight(Tensor):
@@ -71,52 +72,23 @@ def _wide(value: Any) -> Any:
     return type(value)(map(_wide, value)) if type(value) in (tuple, list) else value
 
 
-class _Scratch(threading.local):
-    """One buffer a thread, device and type. Its content is valid until the next call.
-
-    It remembers what it holds: a head is multiplied by many chunks of rows in turn, and widened for the first alone.
-    """
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self.content: dict[tuple[torch.device, torch.dtype], tuple[Any, ...]] = {}
-
-    def widen(self, inner: Tensor, dtype: torch.dtype) -> Tensor:
-        place = (inner.device, dtype)
-        buffer, size = self.buffers.get(place), inner.numel()
-        if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[place] = torch.empty(size, dtype=dtype, device=inner.device)
-            self.content.pop(place, None)
-        wide = buffer[:size].view(inner.shape)
-        # `inner` is held, so that no other weight can come to lie at its address
-        content = (inner.data_ptr(), inner.shape, inner._version, inner.untyped_storage())
-        before = self.content.get(place)
-        if before is None or before[:3] != content[:3]:
-            wide.copy_(inner)
-            self.content[place] = content
-        return wide
-
-
-_scratch = _Scratch()
-
-
 def product(x: Tensor, weight: StoredWeight, bias: Tensor | None = None, *, onto: Tensor | None = None) -> Tensor:
     """x (n, in) @ weight (out, in) transposed, the bias added: (n, out). With `onto` added to that, which is used up.
 
-    No gradient: see `linear`. A matrix above `BLOCK` is widened a block of its stored rows at a time.
+    No gradient: see `linear`. A matrix above `scratch.BLOCK` is widened a block of its stored rows at a time.
     """
     inner, dtype = weight.stored, weight.dtype
-    if inner.numel() <= BLOCK:
+    if inner.numel() <= buffers.BLOCK:
         return _multiply(x, _widened(inner, dtype), bias, onto)
     if inner.is_contiguous():  # each block gives some columns of the result
         out = x.new_empty(len(x), len(inner))
-        for rows in _blocks(inner):
-            part = _multiply(x, _scratch.widen(inner[rows], dtype), None if bias is None else bias[rows], None)
+        for rows in blocks(inner):
+            part = _multiply(x, scratch.widen(inner[rows], dtype), None if bias is None else bias[rows], None)
             out[:, rows] = part
         return out if onto is None else onto.add_(out)
     rows_of_in = inner.T.contiguous()  # no copy for a matrix that is stored so; each block gives a part of every sum
-    for rows in _blocks(rows_of_in):
-        onto = _multiply(x[:, rows], _scratch.widen(rows_of_in[rows], dtype).T, None, onto)
+    for rows in blocks(rows_of_in):
+        onto = _multiply(x[:, rows], scratch.widen(rows_of_in[rows], dtype).T, None, onto)
     return onto if bias is None else onto + bias  # type: ignore[return-value,operator]
 
 
@@ -127,14 +99,16 @@ def linear(x: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tenso
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def multiply_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The frozen model, changed so that everything is computed in `dtype`.
+def multiply_in(model: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> nn.Module:
+    """The frozen model, changed so that everything is computed in `dtype`, but the modules at the paths in `keep`.
 
     Matrices stored in a narrower type stay as they are and are widened for each product; vectors are widened for good.
     What is stored in a wider type is narrowed for good: it would be for each product. Tied parameters stay tied.
     """
     done: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
+        if f"{path}.".startswith(tuple(f"{kept}." for kept in keep)):
+            continue
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point() and parameter.dtype is not dtype:
                 if id(parameter) not in done:
@@ -144,6 +118,36 @@ def multiply_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if buffer is not None and buffer.is_floating_point() and buffer.dtype.itemsize < dtype.itemsize:
                 module._buffers[name] = buffer.to(dtype)
     return model
+
+
+@contextmanager
+def wide_copies(model: nn.Module) -> Iterator[bool]:
+    """Within it, all that products need is widened once, where half of the free memory holds it. Whether it does.
+
+    For text that is generated a token at a time: a matrix is read once for each token, and to widen it costs more than
+    to multiply it. The products have the same operands, so they give the same bits.
+    """
+    weights = list(_multiplied(model))
+    size = sum(weight.numel() * weight.dtype.itemsize for weight in weights)
+    free = available_bytes()
+    if not weights or free is None or size > free // 2 or scratch.copies:
+        yield bool(scratch.copies)
+        return
+    for weight in weights:
+        wide = weight.widen()
+        for narrow, part in zip(operands(weight.stored), operands(wide), strict=True):
+            scratch.copies[narrow.data_ptr(), narrow.shape, weight.dtype] = part
+    try:
+        yield True
+    finally:
+        scratch.copies.clear()
+
+
+def _multiplied(model: nn.Module) -> Iterator[StoredWeight]:
+    """The stored weights but those that are only looked up in."""
+    modules = (module for module in model.modules() if not isinstance(module, nn.Embedding))
+    weights: dict[Any, None] = dict.fromkeys(weight for module in modules for weight in module._parameters.values())
+    return (weight for weight in weights if isinstance(weight, StoredWeight) and weight.stored.is_contiguous())
 
 
 def stored_type(model: nn.Module) -> torch.dtype:
@@ -180,18 +184,11 @@ class _Linear(torch.autograd.Function):
 
 def _widened(inner: Tensor, dtype: torch.dtype) -> Tensor:
     """A matrix in the scratch, in the order in which it is stored, which makes the copy a straight one."""
-    return _scratch.widen(inner, dtype) if inner.is_contiguous() else _scratch.widen(inner.T.contiguous(), dtype).T
+    return scratch.widen(inner, dtype) if inner.is_contiguous() else scratch.widen(inner.T.contiguous(), dtype).T
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None) -> Tensor:
     return onednn.linear(x, weight, bias) if onto is None else onednn.linear_onto(x, weight, onto)
-
-
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices of the rows, of like size, with at most `BLOCK` elements each."""
-    count = -(-matrix.numel() // BLOCK)
-    size = -(-len(matrix) // count)
-    return (slice(start, start + size) for start in range(0, len(matrix), size))
 
 
 def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftctl.errors import PeftctlError
 from peftctl.generation import generate
-from peftctl.kernels import stored
+from peftctl.kernels import scratch, stored
 from peftctl.kernels.stored import StoredWeight, computed_type, multiply_in, stored_type
 from peftctl.methods.attachment import Attachment
 from peftctl.opened import policy_of
@@ -86,6 +86,44 @@ def test_it_generates_what_float32_generates(name: str) -> None:
     assert texts[0] == texts[1] and len(texts[0]) == 12
 
 
+@pytest.mark.parametrize("block", [1 << 25, 300])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "t5"])
+def test_wide_copies_change_no_bit_and_go_away(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "BLOCK", block)
+    model = narrow(name)
+    widened: list[int] = []
+    widen = scratch.Scratch.widen
+
+    def counted(self: scratch.Scratch, inner: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = widen(self, inner, dtype)
+        widened.append(wide.data_ptr() in {buffer.data_ptr() for buffer in self.buffers.values()})
+        return wide
+
+    monkeypatch.setattr(scratch.Scratch, "widen", counted)
+    with torch.no_grad():
+        expected = model(**inputs(model)).logits
+        assert widened and all(widened)
+        widened.clear()
+        with stored.wide_copies(model) as served:
+            assert served
+            assert torch.equal(model(**inputs(model)).logits, expected)
+        assert widened and not any(widened)  # no product took its matrix from the scratch
+        widened.clear()
+        assert torch.equal(model(**inputs(model)).logits, expected)
+        assert all(widened)
+
+
+def test_without_memory_for_copies_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = narrow("llama")
+    size = sum(weight.numel() * 4 for weight in stored._multiplied(model))
+    for free, served in ((2 * size, True), (2 * size - 2, False), (None, False)):
+        monkeypatch.setattr(stored, "available_bytes", lambda free=free: free)
+        with stored.wide_copies(model) as found:
+            assert found is served
+    with stored.wide_copies(rounded("llama")) as found:
+        assert not found
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_no_wide_copy_waits_for_the_backward_pass(name: str, checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +170,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def test_every_operation_gives_what_it_gives_of_the_widened_weight(
     operation: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored, "BLOCK", block)
+    monkeypatch.setattr(scratch, "BLOCK", block)
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(12, 8, generator=generator).bfloat16()
     x = torch.randn(5, 8, generator=generator, requires_grad=True)
