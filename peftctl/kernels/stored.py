@@ -23,18 +23,21 @@ from peftctl.kernels import scratch as buffers
 from peftctl.kernels.scratch import blocks, operands, scratch
 from peftctl.memory import available_bytes
 
+FEW = 16  # rows below which oneDNN takes longer to find its kernel than torch's plain product takes in all
+
 
 class StoredWeight(Tensor):
     """`stored`, a frozen floating-point tensor, seen as one of the wider type `dtype`, in which it is multiplied."""
 
     stored: Tensor
+    wide: torch.dtype  # that of `dtype`, which takes longer to ask for
 
     @staticmethod
     def __new__(cls, stored: Tensor, dtype: torch.dtype) -> StoredWeight:
         weight: StoredWeight = Tensor._make_wrapper_subclass(
             cls, stored.shape, strides=stored.stride(), dtype=dtype, device=stored.device
         )
-        weight.stored = stored.detach()
+        weight.stored, weight.wide = stored.detach(), dtype
         return weight
 
     def widen(self) -> Tensor:
@@ -77,7 +80,7 @@ def product(x: Tensor, weight: StoredWeight, bias: Tensor | None = None, *, onto
 
     No gradient: see `linear`. A matrix above `scratch.BLOCK` is widened a block of its stored rows at a time.
     """
-    inner, dtype = weight.stored, weight.dtype
+    inner, dtype = weight.stored, weight.wide
     if inner.numel() <= buffers.BLOCK:
         return _multiply(x, _widened(inner, dtype), bias, onto)
     if inner.is_contiguous():  # each block gives some columns of the result
@@ -95,7 +98,8 @@ def product(x: Tensor, weight: StoredWeight, bias: Tensor | None = None, *, onto
 def linear(x: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tensor:
     """x (..., in) -> (..., out) with its gradient by x, for a weight (out, in)."""
     flat = x.reshape(-1, x.shape[-1])
-    out: Tensor = _Linear.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
+    learning = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    out: Tensor = _Linear.apply(flat, weight, bias) if learning else product(flat, weight, bias)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -188,13 +192,15 @@ def _widened(inner: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None) -> Tensor:
+    if onto is None and len(x) < FEW:
+        return F.linear(x, weight, bias)
     return onednn.linear(x, weight, bias) if onto is None else onednn.linear_onto(x, weight, onto)
 
 
 def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
-    if isinstance(x, StoredWeight) or not isinstance(weight, StoredWeight) or weight.ndim != 2:
+    if isinstance(x, StoredWeight) or not isinstance(weight, StoredWeight) or weight.stored.ndim != 2:
         return NotImplemented
-    return linear(x, weight, bias) if x.dtype is weight.dtype else NotImplemented
+    return linear(x, weight, bias) if x.dtype is weight.wide else NotImplemented
 
 
 def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Any:
