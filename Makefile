@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz fuzz-guided audit demo demo-data topics-data bench-topics bench-speed bench-products bench-rows conformance wheel clean
+.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz fuzz-guided audit demo demo-data topics-data bench-topics bench-speed bench-busy bench-products bench-rows conformance wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -92,6 +92,9 @@ bench-speed: demo-data ## Measure the speed against TRL + peft; ARGS="--list" an
 
 bench-products: venv ## Measure one linear's products in every type and way; ARGS="--rounds 9", see tests/benchmarks/products.py
 	$(BIN)/python -m tests.benchmarks.products $(ARGS)
+
+bench-busy: demo-data ## Measure a run beside another process on the same processors; ARGS="--beside run" and others, see tests/benchmarks/busy.py
+	$(OFFLINE) $(BIN)/python -m tests.benchmarks.busy $(ARGS)
 
 bench-rows: venv ## Measure the pre-flight of 100,000 rows: seconds and memory; ARGS="--streaming" and others, see tests/benchmarks/rows.py
 	$(OFFLINE) $(BIN)/python -m tests.benchmarks.rows $(ARGS)

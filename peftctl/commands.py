@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftctl import compute
 from peftctl import recipe as recipes
+from peftctl import threads
 from peftctl.errors import InputError
 from peftctl.imports import importing
 
@@ -153,16 +154,18 @@ def opened(path: str, options: ModelOptions) -> Opened:
     if options.compute_dtype not in compute.NAMES:
         raise InputError(f"--compute-dtype: {options.compute_dtype!r} is not known; {', '.join(compute.NAMES)} are")
     with importing():
+        from peftctl import model as models
         from peftctl import opened as places
 
     found = places.find(path, options.base, trust_remote_code=options.trust_remote_code)
-    return places.open(
-        found,
-        device=options.device,
-        precision=compute.Precision(compute=options.compute_dtype),
-        trust_remote_code=options.trust_remote_code,
-        notice=lambda text: None if options.quiet else print(f"peftctl: {text}", file=sys.stderr),
-    )
+    with threads.held(models.device(options.device)):
+        return places.open(
+            found,
+            device=options.device,
+            precision=compute.Precision(compute=options.compute_dtype),
+            trust_remote_code=options.trust_remote_code,
+            notice=lambda text: None if options.quiet else print(f"peftctl: {text}", file=sys.stderr),
+        )
 
 
 def evaluate(
@@ -189,13 +192,15 @@ def generate(
     """Answer a prompt; with `stream` the text goes to stdout as it comes."""
     from peftctl.generation import generate as run
     from peftctl.row import Message
+    from peftctl.surgery import device_of
 
     chat = opened.chat
     messages = [*([Message("system", system)] if system else []), Message("user", prompt)]
     plain = raw or chat.template is None
     ids = chat.prompt(prompt) if plain else chat.render_prompt(messages)
     printer = _Printer(chat.decode) if stream else None
-    new = run(opened.policy, ids, end=chat.eos_ids, on_token=printer or (lambda token: None), **sampling)
+    with threads.held(device_of(opened.policy.model).type):
+        new = run(opened.policy, ids, end=chat.eos_ids, on_token=printer or (lambda token: None), **sampling)
     text = chat.decode(new)
     if printer is not None:
         print(text[printer.printed :], flush=True)

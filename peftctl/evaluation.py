@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from peftctl import metrics, objectives
+from peftctl import metrics, objectives, threads
 from peftctl.batch import Batch
 from peftctl.data.batches import each_once
 from peftctl.data.dataset import load
@@ -84,7 +84,9 @@ def _measured_on(
     policy: Any = opened.policy if task is None else Kept(opened.policy, task, said)
     parts = each_once(dataset, padded=layout == "padded", trim=layout == "shared")
     batches = _watched(parts, len(dataset), progress)
-    found = measure(Question(asked, config, policy), batches, device_of(opened.policy.model))
+    device = device_of(opened.policy.model)
+    with threads.held(device.type):
+        found = measure(Question(asked, config, policy), batches, device)
     assert found is not None  # `load` refuses a file without rows
     return found
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from peftctl import threads
+
 
 @contextmanager
 def unswept() -> Iterator[None]:
@@ -35,6 +37,8 @@ def importing() -> Iterator[None]:
         return
     with unswept():
         try:
+            with threads.binding():
+                import_module("torch")
             yield
         finally:
             gc.freeze()

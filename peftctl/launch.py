@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import IO
 
+from peftctl.threads import usable
+
 GRACE = 20.0  # seconds that the others have to end by themselves, once one has ended otherwise than well
 Process = subprocess.Popen[bytes]
 
@@ -47,9 +49,14 @@ def _without_count(words: Sequence[str]) -> list[str]:
 
 
 def _started(rank: int, count: int, port: int, words: Sequence[str], said: IO[bytes]) -> Process:
-    threads = str(max(1, (os.cpu_count() or 1) // count))
+    threads = str(max(1, len(usable()) // count))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | os.environ
-    environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    environment |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     leads = rank == 0
     # a session of their own: a terminal's Ctrl-C reaches them once, through us

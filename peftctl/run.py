@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peftctl import base as bases
-from peftctl import checkpoint, jobs, lock, methods, room, signals, standin
+from peftctl import checkpoint, jobs, lock, methods, room, signals, standin, threads
 from peftctl import model as models
 from peftctl.checkpoint import Progress, State
 from peftctl.compute import AUTO
@@ -56,7 +56,12 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     if options.resume and folder.finished(planned):
         world.gather(None)
         return folder.result()
-    with lock.held(folder.path), signals.caught() as stop, display(planned.steps, options.quiet) as shown:
+    with (
+        lock.held(folder.path),
+        signals.caught() as stop,
+        display(planned.steps, options.quiet) as shown,
+        ExitStack() as computing,
+    ):
         shown.notice(f"training {planned.counts.trainable:,} parameters ({planned.counts.summary})")
         for line in [*filter(None, [standin.note(planned.recipe, planned.base)]), *planned.data.notes()]:
             shown.notice(line)
@@ -65,6 +70,7 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         _same_threads(folder.choice("threads"), shown.notice)
         random_base = planned.base.weights is None
         planned = _with_weights(planned, folder)
+        computing.enter_context(threads.held(models.device(planned.recipe.train.device)))
         training = load(planned, folder, state, options, shown.notice)
         _exactness(next(training.policy.model.parameters()).device.type, shown.notice)
         batches = batches_of(planned, training.policy, world, {} if state is None else state.facts)
@@ -106,6 +112,7 @@ def _follow(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     _same_threads(folder.choice("threads"), _ignore)
     state = checkpoint.load(Path(told["checkpoint"])) if told["checkpoint"] else None
     with signals.caught() as stop, ExitStack() as serving:
+        serving.enter_context(threads.held(models.device(planned.recipe.train.device)))
         training = load(planned, folder, state, options, _ignore)
         batches = batches_of(planned, training.policy, world, {} if state is None else state.facts)
         for one in jobs.kept(planned, training, batches, folder, _ignore):

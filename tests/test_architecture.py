@@ -13,7 +13,7 @@ from peftctl import methods, objectives
 PACKAGE = Path(methods.__file__).parent.parent
 # lower layers first; a module may import from its own layer and from those below it
 LAYERS = [
-    ["errors", "imports", "row", "task", "skeleton", "qkv", "functions", "memory"],
+    ["errors", "threads", "imports", "row", "task", "skeleton", "qkv", "functions", "memory"],
     ["batch", "surgery"],
     ["kernels"],
     ["methods", "metrics", "rewards", "objectives"],
