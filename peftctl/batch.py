@@ -6,7 +6,7 @@ parent's last position, so labels belong to rows, not to tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from peftctl.row import Row
+
+Tell = Callable[[int, int], None]  # micro-batches done, and the real tokens in them
 
 
 class Labels(NamedTuple):
@@ -227,3 +229,13 @@ def _types(rows: Sequence[Row], tokens: list[list[int]], total: int) -> Tensor |
         for place, kind in zip(places, row.types, strict=False):  # none of a row without types
             types[place] = kind
     return torch.tensor(types, dtype=torch.long)
+
+
+def counted(batches: Iterable[Batch], tell: Tell) -> Iterator[Batch]:
+    """The same batches; what is done of them is told whenever the next one is asked for."""
+    tokens = 0
+    tell(0, 0)
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        tokens += batch.real_tokens
+        tell(done, tokens)

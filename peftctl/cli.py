@@ -148,7 +148,7 @@ def export(
     """Write an adapter in the form that another program loads."""
     from peftctl import commands
 
-    result = commands.export(adapter, output, to, server, name, base, trust_remote_code)
+    result = commands.export(adapter, output, to, server, name, base, trust_remote_code, quiet)
     _print(result, json_, commands.described)
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftctl import compute
+from peftctl import compute, threads
 from peftctl import recipe as recipes
-from peftctl import threads
 from peftctl.errors import InputError
-from peftctl.imports import importing
+from peftctl.waiting import counting, doing, libraries, loading, tokenising
 
 if TYPE_CHECKING:
     from peftctl.base import Base
@@ -35,7 +33,7 @@ def train(
     if dry_run:
         planned = plan(wanted, chosen)
         return {"run": wanted.output, "steps": planned.steps, **planned.counts.document(by_module=False)}
-    with importing():
+    with libraries(chosen.quiet):
         from peftctl.run import train as run
 
     return run(wanted, chosen)
@@ -47,7 +45,6 @@ def validate(path: Path, overrides: Sequence[str], smoke: bool, show: int, quiet
     from peftctl.data.dataset import prepare
     from peftctl.data.shown import show as print_rows
     from peftctl.plan import asked, base_and_chat, fit
-    from peftctl.waiting import tokenising
 
     wanted = recipes.load(path, overrides, smoke)
     objective = objectives.get(wanted.objective.name)
@@ -115,10 +112,10 @@ def merge(
     trust_remote_code: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    with importing():
+    with libraries(quiet):
         from peftctl.merging import merge as run
 
-    with _bar("bytes of weights merged:", quiet) as progress:
+    with counting("bytes of weights merged:", quiet) as progress:
         return run(
             adapters,
             output,
@@ -131,9 +128,16 @@ def merge(
 
 
 def export(
-    adapter: str, output: Path, to: str, server: str | None, name: str, base: str | None, trust_remote_code: bool
+    adapter: str,
+    output: Path,
+    to: str,
+    server: str | None,
+    name: str,
+    base: str | None,
+    trust_remote_code: bool,
+    quiet: bool,
 ) -> dict[str, Any]:
-    with importing():
+    with libraries(quiet):
         from peftctl.exporting import export as run
 
     return run(adapter, output, to=to, server=server, name=name, base=base, trust_remote_code=trust_remote_code)
@@ -153,12 +157,12 @@ def opened(path: str, options: ModelOptions) -> Opened:
     """The policy that a path means, loaded."""
     if options.compute_dtype not in compute.NAMES:
         raise InputError(f"--compute-dtype: {options.compute_dtype!r} is not known; {', '.join(compute.NAMES)} are")
-    with importing():
+    with libraries(options.quiet):
         from peftctl import model as models
         from peftctl import opened as places
 
     found = places.find(path, options.base, trust_remote_code=options.trust_remote_code)
-    with threads.held(models.device(options.device)):
+    with threads.held(models.device(options.device)), doing(loading(found.base.name), options.quiet):
         return places.open(
             found,
             device=options.device,
@@ -182,7 +186,7 @@ def evaluate(
     found = opened(path, options)
     from peftctl.evaluation import evaluate as measure
 
-    with _bar("examples evaluated:", options.quiet) as progress:
+    with counting("examples evaluated:", options.quiet) as progress:
         return measure(found, data, reading, progress, output)
 
 
@@ -299,17 +303,3 @@ def _readable(value: Any) -> str:
     if isinstance(value, dict):
         return "".join(f"\n  {name}  {_readable(inner)}" for name, inner in value.items())
     return "".join(f"\n  {inner}" for inner in value) or "none"
-
-
-@contextmanager
-def _bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal; in a pipe, a plain line once all is done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    if not sys.stderr.isatty():
-        yield lambda done, total: None if quiet or done < total else print(f"{title} {total:,}", file=sys.stderr)
-        return
-    with Progress(console=Console(stderr=True), disable=quiet) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

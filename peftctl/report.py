@@ -1,4 +1,4 @@
-"""Where events go: metrics.jsonl, and a display on stderr that is alive on a terminal and plain lines elsewhere.
+"""Where events go: metrics.jsonl. And what else a run tells while it goes on.
 
 An event is a flat dict of JSON values with the key `event`; sinks are callables that take one.
 """
@@ -9,20 +9,25 @@ import errno
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 from peftctl.errors import SaveError
 
 Event = Mapping[str, Any]
 Sink = Callable[[Event], None]
 
-_QUALITY = ("reward", "token_accuracy", "accuracy", "margin", "f1_macro", "matthews", "pearson")
-_SHOWN = ("loss", "skipped", "validation_loss", *_QUALITY, *(f"validation_{n}" for n in _QUALITY), "lr", "tokens_per_s")
+
+class Doing(NamedTuple):
+    """How far a step is that has begun, or an evaluation. It is shown and not logged: it is no event."""
+
+    what: str  # step or evaluation
+    step: int  # of an evaluation, the one before it
+    done: int = 0  # micro-batches
+    total: int | None = None  # micro-batches, if that is known
+    tokens: int = 0  # real tokens in those that are done
 
 
 def tee(*sinks: Sink) -> Sink:
@@ -90,105 +95,6 @@ def truncate(path: Path, step: int) -> None:
             os.truncate(path, size)
     except OSError as error:
         raise SaveError(f"cannot write {path}: {error.strerror}") from error
-
-
-class Latest:
-    """Remembers the last event of each kind, for the summary of a run."""
-
-    def __init__(self) -> None:
-        self.events: dict[str, Event] = {}
-
-    def __call__(self, event: Event) -> None:
-        self.events[event["event"]] = event
-
-
-class Lines:
-    """Progress as plain lines: the first and the last step, some twenty between, every evaluation and skipped step."""
-
-    def __init__(self, steps: int, stream: TextIO) -> None:
-        self.steps = steps
-        self.stream = stream
-
-    def __call__(self, event: Event) -> None:
-        every = max(1, self.steps // 20)
-        told = event["event"] != "step" or "skipped" in event
-        if told or event["step"] in (1, self.steps) or event["step"] % every == 0:
-            self.notice(describe(event, self.steps))
-
-    def notice(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        pass
-
-
-class Bar:
-    """Progress as a bar with the latest figures; evaluations and skipped steps stay above it."""
-
-    def __init__(self, steps: int, stream: TextIO) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"))
-        self.steps = steps
-        self._progress = Progress(*columns, TimeRemainingColumn(), console=Console(file=stream))
-        self._task = self._progress.add_task("", total=steps)
-
-    def __call__(self, event: Event) -> None:
-        if event["event"] == "step":
-            self._progress.update(self._task, completed=event["step"], description=figures(event))
-        if event["event"] != "step" or "skipped" in event:
-            self.notice(describe(event, self.steps))
-
-    def notice(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)
-
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-
-class Silent(Lines):
-    """No progress at all."""
-
-    def notice(self, text: str) -> None:
-        pass
-
-
-def display(steps: int, quiet: bool = False, stream: TextIO | None = None) -> Lines | Bar:
-    """What shows progress on a stream, stderr by default: used in a `with`, called with events, `notice`d texts."""
-    stream = stream or sys.stderr
-    if quiet:
-        return Silent(steps, stream)
-    return Bar(steps, stream) if stream.isatty() else Lines(steps, stream)
-
-
-def describe(event: Event, steps: int) -> str:
-    """An event as a line to read."""
-    if "step" not in event:
-        return f"{event['event']}  {figures(event)}".rstrip()
-    return f"{event['event']} {event['step']}/{steps}  {figures(event)}"
-
-
-def figures(event: Event) -> str:
-    """The figures worth a glance."""
-    return "  ".join(f"{name} {_short(event[name])}" for name in _SHOWN if name in event)
-
-
-def _short(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    if value and abs(value) < 0.01:
-        return f"{value:.2e}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _plain(value: Any) -> Any:

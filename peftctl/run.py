@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from peftctl import checkpoint, jobs, lock, methods, room, signals, standin, thr
 from peftctl import model as models
 from peftctl.checkpoint import Progress, State
 from peftctl.compute import AUTO
+from peftctl.display import display
 from peftctl.distributed import World, joined, local_rank
 from peftctl.errors import Stopped, Unfoldable
 from peftctl.feeding import batches_of
@@ -28,13 +30,14 @@ from peftctl.plan import Options, Plan, plan, without_tokens
 from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
 from peftctl.remembered import Remembered
-from peftctl.report import Log, display, read, tee, truncate
+from peftctl.report import Log, read, tee, truncate
 from peftctl.reuse import Reuse
 from peftctl.run_folder import RunFolder, peak_memory_bytes, written_aside
 from peftctl.schema import Recipe
 from peftctl.surgery import device_of
 from peftctl.trainer import Job
 from peftctl.trainer import train as loop
+from peftctl.waiting import loading
 from peftctl.watch import back_to_best
 
 
@@ -68,6 +71,7 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         room.check(planned, folder.path, shown.notice)
         state = folder.open(planned, options, shown.notice)
         _same_threads(folder.choice("threads"), shown.notice)
+        shown.working(loading(planned.base.name))
         random_base = planned.base.weights is None
         planned = _with_weights(planned, folder)
         computing.enter_context(threads.held(models.device(planned.recipe.train.device)))
@@ -87,7 +91,7 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
                 serving.enter_context(one.served())
             save = partial(jobs.save, folder, training, batches, lines, recipe.train.keep)
             emit = jobs.begun(planned, training, tee(lines, shown), shown.notice)
-            job = jobs.job(planned, training, batches, stop, world, emit, save)
+            job = replace(jobs.job(planned, training, batches, stop, world, emit, save), progress=shown.progress)
             progress, shares = _followed(folder, job, training.progress, options.profile, shown.notice)
         best = back_to_best(training.watch, training.attachment, progress.step < planned.steps, shown.notice)
         written = _write(planned, folder, training)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftctl import guards, optim
-from peftctl.batch import Batch
+from peftctl.batch import Batch, Tell, counted
 from peftctl.checkpoint import Progress
 from peftctl.distributed import ALONE, World
 from peftctl.errors import DataError, Stopped, TrainingError
 from peftctl.gathered import Predictions, average, gathered, sums, total
 from peftctl.objectives.base import Answers, Loss, Objective
+from peftctl.report import Doing
 from peftctl.watch import Watch
 
 Event = dict[str, Any]
@@ -91,6 +92,9 @@ class Job:
     world: World = ALONE
     begin: Callable[[int], None] = lambda step: None  # before each step
     watch: Watch | None = None  # of the evaluations, which may end the run
+    progress: Callable[[Doing], None] = lambda doing: (
+        None
+    )  # before a step or an evaluation, and after its micro-batches
 
     def finished(self, progress: Progress) -> bool:
         late = self.max_seconds is not None and progress.seconds >= self.max_seconds
@@ -111,13 +115,15 @@ def train(job: Job, progress: Progress) -> Progress:
     while not job.finished(progress):
         begun = time.perf_counter()
         step = progress.step + 1
+        job.progress(Doing("step", step))
         batches, position = job.batches.step(progress.position)
         lr = optim.scale(job.optimizer, job.lr, job.schedule(step))
         job.begin(step)
 
         with guards.memory(f"step {step}"):
             job.optimizer.zero_grad(set_to_none=True)
-            loss, metrics = _backward(job.question, batches, step, _device(job.parameters), job.world)
+            tell = _telling(job, "step", step, len(batches))
+            loss, metrics = _backward(job.question, batches, step, _device(job.parameters), job.world, tell)
             job.world.add_gradients(job.parameters)
             whole = nn.utils.get_total_norm([p.grad for p in job.parameters.values() if p.grad is not None])
             norm = float(whole)
@@ -167,8 +173,10 @@ def _due(step: int, every: int | None) -> bool:
 
 def _validate(job: Job, step: int) -> None:
     begun = time.perf_counter()
+    job.progress(Doing("evaluation", step))
     with guards.memory(f"evaluation after step {step}"):
-        found = evaluate(job.question, job.batches.evaluation(), _device(job.parameters), job.stop, job.world)
+        batches, tell = job.batches.evaluation(), _telling(job, "evaluation", step)
+        found = evaluate(job.question, batches, _device(job.parameters), job.stop, job.world, tell)
     if found is not None:
         named = {f"validation_{name}": value for name, value in found.items()}
         job.emit({"event": "evaluation", "step": step, **named, "seconds": time.perf_counter() - begun})
@@ -182,6 +190,7 @@ def evaluate(
     device: torch.device | str,
     stop: Callable[[], int | None] = lambda: None,
     world: World = ALONE,
+    tell: Tell = lambda done, tokens: None,
 ) -> dict[str, float] | None:
     """Loss and metrics over some batches, weighted as in training; None without batches, or when asked to stop.
 
@@ -192,7 +201,7 @@ def evaluate(
         question = question.about(takewhile(lambda batch: stop() is None, batches), device)
     losses, totals, tokens = dict[int, Loss](), [], 0
     with _evaluating(question.policy), torch.no_grad():
-        for place, batch in enumerate(takewhile(lambda batch: stop() is None, batches)):
+        for place, batch in enumerate(takewhile(lambda batch: stop() is None, counted(batches, tell))):
             totals.append(question.weights(batch))
             tokens += batch.real_tokens
             if world.owns(place) and any(totals[-1]):
@@ -207,7 +216,12 @@ def evaluate(
 
 
 def _backward(
-    question: Question, batches: Sequence[Batch], step: int, device: torch.device, world: World
+    question: Question,
+    batches: Sequence[Batch],
+    step: int,
+    device: torch.device,
+    world: World,
+    tell: Tell = lambda done, tokens: None,
 ) -> tuple[float, dict[str, float]]:
     """Gradients of one optimizer step, each term divided once by its weight over all micro-batches."""
     weights = [question.weights(batch) for batch in batches]
@@ -216,7 +230,7 @@ def _backward(
         raise DataError(f"step {step}: none of its examples ({_examples(batches)}) has a label to learn from")
     question = question.about(batches, device)
     losses: dict[int, Loss] = {}
-    for place, batch in enumerate(batches):
+    for place, batch in enumerate(counted(batches, tell)):
         if not world.owns(place) or not any(weights[place]):
             continue  # another's, or nothing to learn here, and perhaps nothing to compute
         loss = question.loss(batch.to(device))
@@ -225,6 +239,10 @@ def _backward(
         losses[place] = _detached(loss)
     told = gathered(losses, world)  # at the end, for to read a number makes a GPU wait
     return total(told, totals), average(told)
+
+
+def _telling(job: Job, what: str, step: int, total: int | None = None) -> Tell:
+    return lambda done, tokens: job.progress(Doing(what, step, done, total, tokens))
 
 
 def _detached(loss: Loss) -> Loss:

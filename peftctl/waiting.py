@@ -1,19 +1,105 @@
-"""Progress of what comes before the first step: shown on stderr once it has taken a second, and not before."""
+"""Signs of life on stderr from whatever takes long beside the steps of a run. Torch-free."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from peftctl.imports import importing
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 AFTER, EVERY = 1.0, 10.0  # seconds until anything is shown, and between the plain lines of a long work
 
+FIRST, MOST, SHARE = 10.0, 60.0, 0.05  # of `Pace`: seconds, and a share of the time so far
+
 Shown = Callable[[str, int, int | None], None]  # a source's name, rows done, rows in all if that can be guessed
+
+
+class Pace:
+    """When a line about a long work is due: after 10 silent seconds, later a twentieth of its time, at most 60."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.begun = self.last = clock()
+
+    def due(self) -> bool:
+        now = self.clock()
+        return now - self.last >= min(MOST, max(FIRST, SHARE * (now - self.begun)))
+
+    def told(self) -> None:
+        """A line was written, of whatever kind."""
+        self.last = self.clock()
+
+
+@contextmanager
+def doing(text: str, quiet: bool = False, stream: TextIO | None = None) -> Iterator[None]:
+    """Tell what is being done: on a terminal until it is done, elsewhere in a line. Of several processes one speaks."""
+    stream = stream or sys.stderr
+    if quiet or os.environ.get("RANK", "0") != "0":
+        yield
+    elif not stream.isatty() or os.environ.get("TERM") == "dumb":
+        print(f"peftctl: {text}", file=stream, flush=True)
+        yield
+    else:
+        print(f"peftctl: {text} ...", end="", file=stream, flush=True)
+        try:
+            yield
+        finally:
+            print("\r\x1b[2K", end="", file=stream, flush=True)
+
+
+def loading(name: str) -> str:
+    """That a base is being loaded; of one below the current folder, the way from there."""
+    here = f"{os.getcwd()}{os.sep}"
+    return f"loading the base {name.removeprefix(here)}"
+
+
+@contextmanager
+def libraries(quiet: bool = False) -> Iterator[None]:
+    """For the length of the import of torch and transformers, tell of it, unless they are there already."""
+    if "torch" in sys.modules:
+        yield
+        return
+    with doing("loading PyTorch and transformers", quiet), importing():
+        yield
+
+
+@contextmanager
+def counting(title: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """What is told how much of something is done: a bar on a terminal, some lines elsewhere."""
+    if quiet:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress, TimeElapsedColumn
+
+        with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+            task = progress.add_task(title, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+    else:
+        yield _Counted(title, sys.stderr, Pace())
+
+
+class _Counted:
+    """Lines that say how much is done: now and then, and in the end."""
+
+    def __init__(self, title: str, stream: TextIO, pace: Pace) -> None:
+        self.title = title
+        self.stream = stream
+        self.pace = pace
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < total and not self.pace.due():
+            return
+        self.pace.told()
+        of = f"{done:,} of " if done < total else ""
+        print(f"{self.title} {of}{total:,}", file=self.stream, flush=True)
 
 
 @contextmanager

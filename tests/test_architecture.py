@@ -25,6 +25,7 @@ LAYERS = [
         "checkpoint",
         "compute",
         "counting",
+        "display",
         "folding",
         "generation",
         "joined",

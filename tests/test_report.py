@@ -1,6 +1,5 @@
 """Events arrive in the log as they are, and a log is cut back to where a checkpoint stands."""
 
-import io
 import json
 import math
 import resource
@@ -105,43 +104,10 @@ def test_log_that_cannot_be_opened_or_written_says_so(tmp_path: Path) -> None:
     assert report.read(path) == [{"event": "step", "step": 1}]
 
 
-def test_piped_display_shows_some_lines_all_evaluations_and_notices() -> None:
-    stream = io.StringIO()
-    with report.display(100, stream=stream) as shown:
-        for event in events(100, every=50):
-            shown(event)
-        shown.notice("saved")
-    lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("step 1/100  loss 1") and lines[-1] == "saved"
-    assert sum(line.startswith("evaluation") for line in lines) == 2
-    assert 10 < len(lines) < 30 and "\x1b" not in stream.getvalue()
-
-
-def test_quiet_display_is_silent() -> None:
-    stream = io.StringIO()
-    with report.display(3, quiet=True, stream=stream) as shown:
-        for event in events(3):
-            shown(event)
-        shown.notice("saved")
-    assert stream.getvalue() == ""
-
-
-def test_terminal_display_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    stream = io.StringIO()
-    monkeypatch.setattr(stream, "isatty", lambda: True)
-    with report.display(3, stream=stream) as shown:
-        for event in events(3):
-            shown(event)
-        shown.notice("[not markup]")
-    text = stream.getvalue()
-    assert "3/3" in text and "evaluation 2/3" in text and "[not markup]" in text and "\x1b" in text
-
-
-def test_tee_and_latest() -> None:
-    latest, seen = report.Latest(), []
-    emit = report.tee(latest, seen.append)
+def test_tee_feeds_all() -> None:
+    one: list[report.Event] = []
+    two: list[report.Event] = []
+    emit = report.tee(one.append, two.append)
     for event in events(4):
         emit(event)
-    assert latest.events["step"]["step"] == 4 and latest.events["evaluation"]["validation_loss"] == 0.5
-    assert seen == events(4)
+    assert one == two == events(4)

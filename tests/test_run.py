@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -16,9 +17,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from peftctl import lock, opened, run
+from peftctl import display, lock, opened, run
 from peftctl.batch import build
 from peftctl.errors import InputError
+from peftctl.report import Doing
 from peftctl.row import Row
 from tests import runs
 from tests.faults.processes import begun, ended
@@ -253,3 +255,24 @@ def _logprobs(model: Any) -> Tensor:
 def _ours(path: Path, base: str | None = None) -> Tensor:
     policy = opened.open(opened.find(str(path), base), device="cpu").policy
     return policy.tokens(build([Row(IDS, (1.0,) * len(IDS), 0)])).logprob
+
+
+def test_what_is_shown_of_a_step_is_not_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Doing] = []
+    stream = io.StringIO()
+
+    class Heard(display.Lines):
+        def progress(self, doing: Doing) -> None:
+            super().progress(doing)
+            told.append(doing)
+
+    monkeypatch.setattr(run, "display", lambda steps, quiet: Heard(steps, stream))
+    runs.train(tmp_path / "heard", runs.document())
+    monkeypatch.undo()
+    runs.train(tmp_path / "quiet", runs.document())
+    assert {doing.what for doing in told} == {"step", "evaluation"} and max(doing.tokens for doing in told) > 0
+    assert runs.untimed(tmp_path / "heard") == runs.untimed(tmp_path / "quiet")
+    assert runs.bits(tmp_path / "heard") == runs.bits(tmp_path / "quiet")
+    lines = stream.getvalue().splitlines()
+    assert sum(line.startswith("loading the base ") for line in lines) == 1
+    assert not any("micro-batch" in line for line in lines), "these steps are short"

@@ -16,6 +16,7 @@ from peftctl.batch import Batch, build
 from peftctl.checkpoint import Progress, State
 from peftctl.errors import DataError, Stopped, TrainingError
 from peftctl.objectives.base import Answers, Loss, Objective, ObjectiveConfig, Term, TokenStats
+from peftctl.report import Doing
 from peftctl.row import Row
 from peftctl.trainer import Event, Job, Question
 
@@ -409,6 +410,25 @@ def test_what_happens_when() -> None:
     assert order == [
         *("step 1", "step 2", "evaluation 2", "step 3", "save 3", "step 4", "evaluation 4"),
         *("step 5", "save 5", "evaluation 5"),
+    ]
+
+
+def test_each_micro_batch_is_told_of_and_changes_nothing() -> None:
+    told: list[Doing] = []
+    batches = Shuffled(make_rows(24), size=2, accumulate=3, validation=tuple(make_rows(5, seed=1)))
+    loud, quiet = (make(batches, steps=2, eval_every=2, progress=heard) for heard in (told.append, lambda doing: None))
+    loud.train()
+    quiet.train()
+    assert loud.untimed() == quiet.untimed() and str(values(loud)) == str(values(quiet))
+    tokens = [[batch.real_tokens for batch in batches.step(position)[0]] for position in (0, 6)]
+    held = [batch.real_tokens for batch in batches.evaluation()]
+    assert told == [
+        Doing("step", 1),
+        *(Doing("step", 1, done, 3, sum(tokens[0][:done])) for done in (0, 1, 2, 3)),
+        Doing("step", 2),
+        *(Doing("step", 2, done, 3, sum(tokens[1][:done])) for done in (0, 1, 2, 3)),
+        Doing("evaluation", 2),
+        *(Doing("evaluation", 2, done, None, sum(held[:done])) for done in (0, 1, 2)),
     ]
 
 

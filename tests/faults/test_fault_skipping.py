@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftctl import checkpoint, cli, optim, report
+from peftctl import checkpoint, cli, display, optim
 from peftctl.errors import Stopped, TrainingError
 from peftctl.objectives.base import Loss
 from peftctl.policy import Policy
@@ -95,7 +95,7 @@ def test_what_watches_the_gradients_hears_of_sound_ones_alone() -> None:
 @pytest.mark.fault(42)
 def test_every_skipped_step_is_told() -> None:
     stream = io.StringIO()
-    lines = report.Lines(1000, stream)
+    lines = display.Lines(1000, stream)
     for step in (2, 3):
         event = {"event": "step", "step": step, "loss": math.nan, "lr": 0.1, "examples": "4, 7"}
         lines(event | ({"skipped": 1} if step == 3 else {}))
