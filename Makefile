@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz fuzz-guided audit demo demo-data topics-data bench-topics bench-speed bench-busy bench-products bench-rows conformance wheel clean
+.PHONY: help venv adapterhub-venv format format-check lint types unit test test-all faults soak fuzz fuzz-guided audit demo demo-data topics-data bench-topics bench-speed bench-busy bench-products bench-rows bench-merge conformance wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -101,6 +101,9 @@ bench-rows: venv ## Measure the pre-flight of 100,000 rows: seconds and memory; 
 
 conformance: venv ## Print published parameter counts beside ours
 	@$(BIN)/python -m tests.conformance
+
+bench-merge: venv ## Measure merging at a real size: seconds and memory, against peft and cp; ARGS="--shape 7b" and others, see tests/benchmarks/merge.py
+	$(OFFLINE) $(BIN)/python -m tests.benchmarks.merge $(ARGS)
 
 wheel: venv ## Build the wheel into dist
 	$(BIN)/python -m build --wheel

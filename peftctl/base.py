@@ -17,6 +17,7 @@ from peftctl.task import Task
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 SMALL = ["config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt", "special_tokens*"]
+SMALL += ["added_tokens.json", "*.model", "*.spm", "*.tiktoken", "*.codes", "*.bpe"]  # tokenizers of older kinds
 Need = Literal["config", "tokenizer", "weights"]  # what is asked of a base; each includes the one before it
 FILES: dict[Need, list[str]] = {"config": ["config.json"], "tokenizer": SMALL, "weights": SMALL + WEIGHTS}
 SAMPLE = 1 << 20  # bytes at either end of a weight file

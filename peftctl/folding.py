@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite, prod
 from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from peftctl.errors import FormatError, Unfoldable
-from peftctl.formats.shards import Entry, Shard
+from peftctl.formats.shards import WIDTHS, Entry, Shard
 from peftctl.methods.attachment import Attachment, Delta
 from peftctl.skeleton import dotted
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCK = 1 << 20  # numbers of a tensor that are changed at once: few enough to stay in a processor's cache
 
 
 class Fold(NamedTuple):
@@ -73,6 +75,23 @@ def stored(source: BinaryIO, shard: Shard, entry: Entry) -> Tensor:
     return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
 
 
+def rows_of(entry: Entry, first: int, last: int) -> Entry:
+    """Some rows of a stored tensor, as an entry of their own."""
+    row = WIDTHS[entry.dtype] * prod(entry.shape[1:])
+    start, end = entry.start + first * row, entry.start + last * row
+    return entry._replace(shape=(last - first, *entry.shape[1:]), start=start, end=end)
+
+
+def blocks(entry: Entry, size: int = BLOCK) -> Iterator[tuple[int, Entry]]:
+    """A stored tensor in blocks of at most `size` numbers, or of one row: each block's first row, and its entry."""
+    if not entry.shape:
+        yield 0, entry
+        return
+    step = max(1, size // max(1, prod(entry.shape[1:])))
+    for first in range(0, entry.shape[0], step):
+        yield first, rows_of(entry, first, min(first + step, entry.shape[0]))
+
+
 class Summed(Delta):
     """What several adapters add to one parameter, each to the base's own value."""
 
@@ -84,6 +103,14 @@ class Summed(Delta):
         total = weight
         for folds in self.changes:
             total = total + (folded(weight, folds) - weight)
+        return total
+
+    def fold_rows(self, name: str, weight: Tensor, first: int) -> Tensor | None:
+        total = weight
+        for folds in self.changes:
+            if (changed := folded_rows(weight, folds, first)) is None:
+                return None
+            total = total + (changed - weight)
         return total
 
 
@@ -111,11 +138,34 @@ def folded(weight: Tensor, folds: Sequence[Fold]) -> Tensor:
     return weight
 
 
+@torch.no_grad()
+def folded_rows(weight: Tensor, folds: Sequence[Fold], first: int) -> Tensor | None:
+    """The same for some rows of the parameter, from `first` on; None where a change takes the whole."""
+    found: Tensor | None = weight if weight.dtype is torch.float64 else weight.float()
+    for name, delta in folds:
+        found = None if found is None else delta.fold_rows(name, found, first)
+    return found
+
+
 def rounded(weight: Tensor, entry: Entry) -> Tensor:
     """A changed tensor, rounded once to the type it is stored in. Raises FormatError where that is not possible."""
     if tuple(weight.shape) != entry.shape:
         raise FormatError(f"{entry.name}: {tuple(weight.shape)} after folding, {entry.shape} before")
     found = weight.to(DTYPES[entry.dtype])
-    if not torch.isfinite(found).all():
+    if found.numel() and not all(isfinite(edge) for edge in torch.aminmax(found)):  # NaN is an edge of whatever has one
         raise FormatError(f"{entry.name}: not finite as {entry.dtype}: the adapter is broken, or the type too narrow")
     return found
+
+
+def changed(source: BinaryIO, shard: Shard, change: tuple[Entry, Entry], folds: Sequence[Fold]) -> Iterator[Tensor]:
+    """A tensor of an open file as the merged file holds it, in blocks of rows one after the other.
+
+    `change`: what the two files say of it. In one piece where a fold takes the whole.
+    """
+    old, new = change
+    for first, part in blocks(old):
+        weight = folded_rows(stored(source, shard, part), folds, first)
+        if weight is None:
+            yield rounded(folded(stored(source, shard, old), folds), new)
+            return
+        yield rounded(weight, new._replace(shape=part.shape))

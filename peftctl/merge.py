@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from peftctl.errors import FormatError, InputError, SaveError, Unfoldable
-from peftctl.folding import DTYPES, Folds, folded, folded_shape, folds_of, rounded, stored, together
+from peftctl.folding import DTYPES, Folds, changed, folded_shape, folds_of, together
 from peftctl.formats import headed, names
+from peftctl.formats.copying import copy_range
 from peftctl.formats.shards import INDEX, WIDTHS, Entry, Shard, header, shards
+from peftctl.formats.vocabularies import TEMPLATES
 from peftctl.joined import Joined, joined
 from peftctl.methods.attachment import Attachment
 from peftctl.storage import TEMPORARY, publish
@@ -28,8 +30,19 @@ from peftctl.surgery import new_rows
 from peftctl.task import Task
 
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
-BLOCK = 8 << 20
+COPIED = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "*.spm",
+    "*.vocab",
+    "*.bpe",
+    "*.codes",
+    "*.py",
+    "LICENSE*",
+)
 
 
 class Changes(NamedTuple):
@@ -58,10 +71,7 @@ def merge(
     done and bytes in all; `finish` may add files to the folder before it gets its name. Raises Unfoldable, InputError,
     FormatError, SaveError; there is no output then.
     """
-    if dtype is not None and dtype not in NAMES:
-        raise InputError(f"--dtype: {dtype!r} is none of {', '.join(NAMES)}")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"--output: {output} exists already; name another folder or remove it")
+    refuse(output, dtype)
     found = shards(base)
     folds = together([folds_of(one, model) for one in (attachment, *further)])
     head = headed.Head() if task is None else headed.new(model, folds, found)
@@ -81,6 +91,14 @@ def merge(
         if (new := new_rows(model)) is not None:
             _rewrite(temporary / "config.json", lambda config: config | {"vocab_size": new.total})
         finish(temporary)
+
+
+def refuse(output: Path, dtype: str | None) -> None:
+    """Refuse what needs no look at the model. Raises InputError."""
+    if dtype is not None and dtype not in NAMES:
+        raise InputError(f"--dtype: {dtype!r} is none of {', '.join(NAMES)}")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"--output: {output} exists already; name another folder or remove it")
 
 
 def _on_disk(model: Any, folds: Folds, found: list[Shard]) -> Changes:
@@ -129,31 +147,51 @@ def _laid_out(shard: Shard, dtype: str | None, head: headed.Head, folds: Folds) 
 def _shard(
     shard: Shard, target: Path, laid: list[tuple[Entry, Entry]], changes: Changes, merged: Mapping[str, Entry]
 ) -> Iterator[int]:
-    """Write one shard, tensors in their order; yields the bytes of each. `merged`: every new entry by its old name."""
+    """Write one shard, tensors in their order; yields bytes written. `merged`: every new entry by its old name."""
     entries = [new for _, new in laid]
     with shard.path.open("rb") as source, target.open("wb") as out:
         same = list(shard.entries) == entries
         out.write(source.read(shard.data) if same else header(entries, shard.metadata))
-        for old, new in laid:
+        for pairs in _runs(laid, changes):
+            (old, new), (last, _) = pairs[0], pairs[-1]
             if old.name in changes.joined:
                 out.write(_bytes(changes.joined[old.name].take(old.name, merged)))
-            elif old.start < old.end and (old.name in changes.folds or old.dtype != new.dtype):
-                weight = folded(stored(source, shard, old), changes.folds.get(old.name, []))
-                out.write(_bytes(rounded(weight, new)))
+            elif _touched(old, new, changes):
+                for block in changed(source, shard, (old, new), changes.folds.get(old.name, [])):
+                    out.write(_bytes(block))
             else:
-                source.seek(shard.data + old.start)
-                _copy(source, out, old)
-            yield new.end - new.start
+                _copy(source, out, old._replace(start=shard.data + old.start, end=shard.data + last.end))
+            yield sum(new.end - new.start for _, new in pairs)
 
 
-def _copy(source: BinaryIO, out: BinaryIO, entry: Entry) -> None:
-    left = entry.end - entry.start
-    while left:
-        block = source.read(min(BLOCK, left))
-        if not block:
-            raise FormatError(f"{entry.name}: its file ended early; it changed while it was read")
-        out.write(block)
-        left -= len(block)
+def _touched(old: Entry, new: Entry, changes: Changes) -> bool:
+    """Whether a tensor's bytes may differ from the base's."""
+    if old.name in changes.joined:
+        return True
+    return old.start < old.end and (old.name in changes.folds or old.dtype != new.dtype)
+
+
+def _runs(laid: list[tuple[Entry, Entry]], changes: Changes) -> Iterator[list[tuple[Entry, Entry]]]:
+    """The tensors of a shard one by one, but those together that are neither touched nor apart in the base's file."""
+    run: list[tuple[Entry, Entry]] = []
+    for old, new in laid:
+        touched = _touched(old, new, changes)
+        if run and (touched or run[-1][0].end != old.start):
+            yield run
+            run = []
+        if touched:
+            yield [(old, new)]
+        else:
+            run.append((old, new))
+    if run:
+        yield run
+
+
+def _copy(source: BinaryIO, out: BinaryIO, run: Entry) -> None:
+    """The bytes of tensors that lie side by side; `run` has the first one's name, and places in the file."""
+    size = run.end - run.start
+    if copy_range(source, out, run.start, size) < size:
+        raise FormatError(f"{run.name}: its file ended early; it changed while it was read")
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -166,6 +204,8 @@ def _companions(base: Path, target: Path, dtype: str | None, size: int) -> None:
         for file in base.glob(pattern):
             if file.is_file() and not file.name.endswith(".bin.index.json"):
                 shutil.copyfile(file, target / file.name)
+    if (base / TEMPLATES).is_dir():
+        shutil.copytree(base / TEMPLATES, target / TEMPLATES)
     if dtype is not None:
         _rewrite(
             target / "config.json",

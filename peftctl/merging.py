@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,15 +18,13 @@ from peftctl import storage
 from peftctl.adapter import attach
 from peftctl.adapter import deltas as unhung
 from peftctl.compute import Precision
-from peftctl.data.chat import Chat
 from peftctl.errors import InputError, PeftctlError
+from peftctl.formats import vocabularies
 from peftctl.formats.shards import fingerprint
 from peftctl.methods.attachment import Attachment
 from peftctl.opened import Found, find
-from peftctl.opened import open as load
 from peftctl.run_folder import peak_memory_bytes
 from peftctl.seq2seq import call
-from peftctl.surgery import device_of
 
 # of the logits' norm: with every weight rounded to bfloat16 it was 0.03, though single logits were off by 0.13 of the
 # largest
@@ -47,12 +46,13 @@ def merge(
     Raises Unfoldable, InputError, PeftctlError.
     """
     begun = time.perf_counter()
+    streaming.refuse(output, dtype)
     several = [_found(adapter, base, trust_remote_code) for adapter in adapters]
     _of_one_base(several)
     found, weights = several[0], several[0].base.weights
     assert weights is not None
     model = models.empty(found.base, trust_remote_code=trust_remote_code)
-    tokenizer = Chat(found.tokenizer)
+    finish = _tokenizer(found, weights)
     streaming.merge(
         weights,
         model,
@@ -62,7 +62,7 @@ def merge(
         dtype=dtype,
         task=found.base.task,
         progress=progress,
-        finish=tokenizer.save,
+        finish=finish,
     )
     difference, largest = _difference(several, output, trust_remote_code) if verify else (None, None)
     return {
@@ -75,10 +75,21 @@ def merge(
 
 
 def _found(adapter: str, base: str | None, trust_remote_code: bool) -> Found:
-    found = find(adapter, base, trust_remote_code=trust_remote_code)
+    found = find(adapter, base, trust_remote_code=trust_remote_code, tokenizer=False)
     if found.adapter is None or found.base.weights is None:
         raise InputError(f"{adapter} is a model, not an adapter: there is nothing to merge")
     return found
+
+
+def _tokenizer(found: Found, weights: Path) -> Callable[[Path], object]:
+    """What puts the adapter's own tokenizer, if it has one, into a folder that holds the base's."""
+    assert found.adapter is not None
+    own = found.adapter.folder
+    if vocabularies.holds(own):
+        return lambda folder: vocabularies.copy(own, folder)
+    if not vocabularies.holds(weights):
+        print(f"peftctl: {found.base.name} has no tokenizer, so the merged model has none: put one in", file=sys.stderr)
+    return lambda folder: None
 
 
 def _of_one_base(several: Sequence[Found]) -> None:
@@ -126,17 +137,15 @@ def _difference(several: Sequence[Found], output: Path, trust_remote_code: bool)
 
 @torch.no_grad()
 def _logits(several: Sequence[Found], trust_remote_code: bool) -> Tensor:
-    found, *others = several
-    precision = Precision(compute="float32")
-    policy = load(found, device="cpu", precision=precision, trust_remote_code=trust_remote_code).policy
-    for other in others:
-        assert other.adapter is not None
-        attachment = attach(policy.model, other.adapter.method, other.adapter.config, 0).eval()
-        attachment.load(other.adapter.tensors, str(other.adapter.folder))
+    found, precision = several[0], Precision(compute="float32")
+    model = models.load(found.base, precision, "cpu", 0, trust_remote_code=trust_remote_code)
+    for one in several:
+        if one.adapter is not None:
+            attachment = attach(model, one.adapter.method, one.adapter.config, 0).eval()
+            attachment.load(one.adapter.tensors, str(one.adapter.folder))
     generator = torch.Generator().manual_seed(0)
     high = found.skeleton.dimensions.vocabulary
     ids = torch.randint(0, high, (2, 24), generator=generator)
-    ids = ids.to(device_of(policy.model))
     # one by one: a head that reads the last token asks what padding is where there are several
-    logits: list[Tensor] = [policy.model(**call(policy.model, row[None])).logits.float() for row in ids]
+    logits: list[Tensor] = [model(**call(model, row[None])).logits.float() for row in ids]
     return torch.cat(logits)

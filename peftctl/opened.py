@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 
 class Found(NamedTuple):
-    """What lies at a path, before anything is loaded. `adapter` is None for a plain model."""
+    """What lies at a path, before anything is loaded. `adapter` is None for a plain model.
+
+    `tokenizer` is None where there is no tokenizer.json and none was asked for.
+    """
 
     base: bases.Base
     skeleton: Skeleton
     adapter: Adapter | None
-    tokenizer: Path
+    tokenizer: Path | None
 
 
 class Opened(NamedTuple):
@@ -43,12 +46,13 @@ def find(
     base: str | None = None,
     *,
     trust_remote_code: bool = False,
+    tokenizer: bool = True,
     notice: Callable[[str], None] = lambda text: print(f"peftctl: {text}", file=sys.stderr),
 ) -> Found:
     """What lies at a path: a run (its adapter), an adapter, or a model. `base` replaces the base that it names.
 
     An adapter that was trained on other weights is refused, unless it was `base` that named them: then it is noticed.
-    Raises InputError.
+    Nor is it found without a `tokenizer`, unless none is asked for. Raises InputError.
     """
     from peftctl.adapter import fit
     from peftctl.formats import origin, peft
@@ -58,7 +62,7 @@ def find(
         resolved = bases.resolve(path, trust_remote_code=trust_remote_code)
         resolved = resolved._replace(task=task_of(resolved.settings()))
         skeleton = models.skeleton(resolved, trust_remote_code=trust_remote_code)
-        return Found(resolved, skeleton, None, _tokenizer(resolved.tokenizer, path))
+        return Found(resolved, skeleton, None, _tokenizer(resolved.tokenizer, path, tokenizer))
     name, revision = origin.base_of(folder)
     if base is None and name is None:
         raise FormatError(f"{folder} does not say what its base is: name it with --base")
@@ -73,7 +77,7 @@ def find(
         notice(f"{unlike}; going on with what --base names")
     trust = trust_remote_code
     fit(resolved, adapter.method, adapter.config, adapter.tensors, str(folder), trust_remote_code=trust)
-    return Found(resolved, skeleton, adapter, _tokenizer(own, path))
+    return Found(resolved, skeleton, adapter, _tokenizer(own, path, tokenizer))
 
 
 def open(
@@ -132,8 +136,8 @@ def _status(path: Path) -> str:
         return "unfinished"
 
 
-def _tokenizer(folder: Path | None, path: str) -> Path:
-    if folder is None:
+def _tokenizer(folder: Path | None, path: str, needed: bool) -> Path | None:
+    if folder is None and needed:
         raise ModelError(
             f"{path} has no tokenizer.json: put the tokenizer's files beside the model, or name a tokenizer"
         )

@@ -31,3 +31,14 @@ def applied(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def stored(change: Tensor, module: Module, weight: Tensor) -> Tensor:
     """A change (out, in) as the weight of that module is stored, on the device of that weight."""
     return (change if module.kind == "Linear" else change.T).to(weight.device)
+
+
+def stored_rows(
+    factors: tuple[Tensor, Tensor], scale: float, module: Module, weight: Tensor, first: int
+) -> Tensor | None:
+    """Rows of a weight from `first` on with the product inside, in fp32; None where it is not stored as (out, in)."""
+    if module.kind != "Linear":
+        return None
+    a, b = factors
+    change = (b[first : first + len(weight)].float() @ a.float()) * scale
+    return weight.float() + change.to(weight.device)

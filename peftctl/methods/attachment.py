@@ -59,6 +59,13 @@ class Delta(nn.Module):
         """
         raise Unfoldable(f"{type(self).__name__} cannot be folded into a weight")
 
+    def fold_rows(self, name: str, weight: Tensor, first: int) -> Tensor | None:
+        """`fold` of some rows of the parameter as it is stored, from row `first` on: the same numbers with less memory.
+
+        None where the change of a row needs the others, or the shape of the whole changes.
+        """
+        return None
+
     def folds(self) -> tuple[str, ...]:
         """Names of the module's parameters that `fold` changes (`weight`, `bias`)."""
         return ()

@@ -11,7 +11,7 @@ from torch.nn import functional
 from peftctl import surgery
 from peftctl.kernels.linear import Product
 from peftctl.methods._lowrank import targets
-from peftctl.methods._products import applied, stored
+from peftctl.methods._products import applied, stored, stored_rows
 from peftctl.methods.adalora import AdaloraConfig
 from peftctl.methods.adalora.budget import Schedule
 from peftctl.methods.attachment import Attachment, Delta, Injected
@@ -62,6 +62,10 @@ class Decomposition(Delta):
             return weight
         change = (self.b.float() @ self._scaled().float()) * self.scale
         return weight.float() + stored(change, self.module, weight)
+
+    def fold_rows(self, name: str, weight: Tensor, first: int) -> Tensor | None:
+        factors = self._scaled(), self.b
+        return stored_rows(factors, self.scale, self.module, weight, first) if name == "weight" else weight
 
     def deviation(self) -> Tensor:
         """How far both factors are from orthonormal, in the Frobenius norm; a scalar."""

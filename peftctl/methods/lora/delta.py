@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from peftctl import surgery
 from peftctl.kernels.linear import Product
-from peftctl.methods._products import applied, factors, stored
+from peftctl.methods._products import applied, factors, stored, stored_rows
 from peftctl.methods.attachment import Attachment, Delta, Injected
 from peftctl.methods.lora import LoraConfig
 from peftctl.methods.lora.experts import LowRankExperts
@@ -77,6 +77,9 @@ class LowRank(Delta):
             return weight
         a, b = self.factors()
         return weight.float() + stored((b.float() @ a.float()) * self.scale, self.module, weight)
+
+    def fold_rows(self, name: str, weight: Tensor, first: int) -> Tensor | None:
+        return stored_rows(self.factors(), self.scale, self.module, weight, first) if name == "weight" else weight
 
 
 class LowRankRows(LowRank):

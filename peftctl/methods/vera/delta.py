@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peftctl import surgery
-from peftctl.methods._products import stored
+from peftctl.methods._products import stored, stored_rows
 from peftctl.methods.attachment import Attachment, Delta, Injected
 from peftctl.methods.vera import VeraConfig
 from peftctl.skeleton import Module, select
@@ -69,6 +69,11 @@ class Scaled(Delta):
         a, b = self._projections()
         change = (self.b.float()[:, None] * b.float()) @ (self.d.float()[:, None] * a.float())
         return weight.float() + stored(change, self.module, weight)
+
+    def fold_rows(self, name: str, weight: Tensor, first: int) -> Tensor | None:
+        a, b = self._projections()
+        factors = self.d.float()[:, None] * a.float(), self.b.float()[:, None] * b.float()
+        return stored_rows(factors, 1.0, self.module, weight, first) if name == "weight" else weight
 
 
 def attach(model: nn.Module, config: VeraConfig) -> Attachment:
