@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from peftctl.methods.base import Method, MethodConfig
 from peftctl.methods.whole import saved, whole
 from peftctl.skeleton import Skeleton, dotted
 from peftctl.surgery import device_of, skeleton
+
+if TYPE_CHECKING:
+    from peftctl.formats.peft import Adapter
 
 
 def attach(model: nn.Module, method: Method[Any], config: MethodConfig, seed: int) -> Attachment:
@@ -39,6 +42,17 @@ def deltas(model: nn.Module, method: Method[Any], config: MethodConfig) -> Attac
         refuse_rewrites(by_method, set(table.vocabulary))
     if table.added:
         attachment.extend(copied(model, whole(table.added)))
+    return attachment
+
+
+def filled(model: nn.Module, adapter: Adapter) -> Attachment:
+    """An adapter's deltas with their values, beside a model without weights."""
+    attachment = deltas(model, adapter.method, adapter.config)
+    for module in attachment.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.is_meta for tensor in own):
+            module.to_empty(device="cpu", recurse=False)
+    attachment.load(adapter.tensors, str(adapter.folder))
     return attachment
 
 

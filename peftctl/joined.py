@@ -17,6 +17,9 @@ from peftctl.folding import DTYPES, Fold, Folds, folded, rounded, stored
 from peftctl.formats.names import Parts
 from peftctl.formats.shards import Entry, Shard
 
+# what transformers' operations raise where tensors are not as they want them
+UNSERVED = (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError)
+
 
 class Joined:
     """The stored tensors of one rule, of which some parameters change."""
@@ -73,14 +76,22 @@ def joined(
 
 
 def _made(parts: Parts, places: Mapping[str, tuple[Shard, Entry]]) -> dict[str, Tensor]:
-    """The parameters that a rule makes, without values; nothing where it cannot be gone back."""
+    """The same, but nothing where it cannot be gone back."""
+    found = made(parts, places)
+    try:
+        back = parts.parted(found) if found else {}
+    except UNSERVED:
+        return {}
+    return found if all(back[name].shape == places[name][1].shape for name in back) else {}
+
+
+def made(parts: Parts, places: Mapping[str, tuple[Shard, Entry]]) -> dict[str, Tensor]:
+    """The parameters that a rule makes, without values; nothing where it does not serve these tensors."""
     entries = {name: places[name][1] for name in parts.sources}
     if any(entry.dtype not in DTYPES for entry in entries.values()):
         return {}
     bare = {n: torch.empty(e.shape, dtype=DTYPES[e.dtype], device="meta") for n, e in entries.items()}
     try:
-        made = parts.joined(bare)
-        back = parts.parted(made)
-    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError):
+        return parts.joined(bare)
+    except UNSERVED:
         return {}
-    return made if all(back[name].shape == tensor.shape for name, tensor in bare.items()) else {}

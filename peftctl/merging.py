@@ -15,16 +15,16 @@ from peftctl import base as bases
 from peftctl import merge as streaming
 from peftctl import model as models
 from peftctl import storage
-from peftctl.adapter import attach
-from peftctl.adapter import deltas as unhung
+from peftctl.adapter import attach, filled
 from peftctl.compute import Precision
 from peftctl.errors import InputError, PeftctlError
 from peftctl.formats import vocabularies
 from peftctl.formats.shards import fingerprint
-from peftctl.methods.attachment import Attachment
+from peftctl.lazy import Unreadable
 from peftctl.opened import Found, find
 from peftctl.run_folder import peak_memory_bytes
 from peftctl.seq2seq import call
+from peftctl.walk import Walk, answers, first_apart, walk
 
 # of the logits' norm: with every weight rounded to bfloat16 it was 0.03, though single logits were off by 0.13 of the
 # largest
@@ -51,20 +51,23 @@ def merge(
     _of_one_base(several)
     found, weights = several[0], several[0].base.weights
     assert weights is not None
-    model = models.empty(found.base, trust_remote_code=trust_remote_code)
     finish = _tokenizer(found, weights)
+    own = [one.adapter for one in several if one.adapter is not None]
+    walked = walk(found.base, own, trust_remote_code=trust_remote_code) if verify else None
+    model = models.empty(found.base, trust_remote_code=trust_remote_code) if walked is None else walked.model
+    first, *further = [filled(model, one) for one in own] if walked is None else walked.attachments
     streaming.merge(
         weights,
         model,
-        deltas(found, model),
+        first,
         output,
-        further=[deltas(one, model) for one in several[1:]],
+        further=further,
         dtype=dtype,
         task=found.base.task,
         progress=progress,
         finish=finish,
     )
-    difference, largest = _difference(several, output, trust_remote_code) if verify else (None, None)
+    difference, largest = _difference(several, output, trust_remote_code, walked) if verify else (None, None)
     return {
         "output": str(output),
         "seconds": time.perf_counter() - begun,
@@ -107,32 +110,44 @@ def _of_one_base(several: Sequence[Found]) -> None:
         raise InputError(f"{first.adapter.folder} and {other.adapter.folder} cannot be merged into one model: {what}")
 
 
-def deltas(found: Found, model: Any) -> Attachment:
-    """The adapter's deltas with their values, beside a model without weights."""
-    assert found.adapter is not None
-    attachment = unhung(model, found.adapter.method, found.adapter.config)
-    if any(parameter.is_meta for parameter in attachment.parameters()):
-        attachment.to_empty(device="cpu")
-    attachment.load(found.adapter.tensors, str(found.adapter.folder))
-    return attachment
-
-
-def _difference(several: Sequence[Found], output: Path, trust_remote_code: bool) -> tuple[float, float]:
+def _difference(
+    several: Sequence[Found], output: Path, trust_remote_code: bool, walked: Walk | None = None
+) -> tuple[float, float]:
     """Largest difference between the logits of base + adapter and of the merged files read back, and largest logit.
 
     The files hold rounded weights, base + adapter does not: in bfloat16 that alone is some percent of a logit.
+    `walked`: base + adapter, to be read from its files; without it, and where that cannot be, all is loaded.
     """
     found = several[0]
-    expected = _logits(several, trust_remote_code)
     merged = Found(bases.resolve(str(output))._replace(task=found.base.task), found.skeleton, None, found.tokenizer)
-    error = _logits([merged], trust_remote_code) - expected
+    expected, actual, place = _answers(several, merged, trust_remote_code, walked)
+    error = actual - expected
     difference, largest = float(error.abs().max()), float(expected.abs().max())
     if not float(error.norm()) <= BROKEN * float(expected.norm()):
         storage.remove(output)  # nobody should serve it
         raise PeftctlError(
-            f"{output} does not answer as base and adapter do: its logits differ by {difference:.2g}; it was removed"
+            f"{output} does not answer as base and adapter do: its logits differ by {difference:.2g}{place}; "
+            "it was removed"
         )
     return difference, largest
+
+
+def _answers(
+    several: Sequence[Found], merged: Found, trust_remote_code: bool, walked: Walk | None
+) -> tuple[Tensor, Tensor, str]:
+    """The logits of base + adapter and of the merged files, and where they part."""
+    found = several[0]
+    if walked is not None:
+        try:
+            expected = answers(walked, _ids(found))
+            other = walk(merged.base, (), trust_remote_code=trust_remote_code)
+            actual = answers(other, _ids(found))
+        except Unreadable:
+            pass  # as remote code may do
+        else:
+            path = first_apart(expected, actual, BROKEN)
+            return expected.logits, actual.logits, f", {path} being the first to differ" if path else ""
+    return _logits(several, trust_remote_code), _logits([merged], trust_remote_code), ""
 
 
 @torch.no_grad()
@@ -143,9 +158,11 @@ def _logits(several: Sequence[Found], trust_remote_code: bool) -> Tensor:
         if one.adapter is not None:
             attachment = attach(model, one.adapter.method, one.adapter.config, 0).eval()
             attachment.load(one.adapter.tensors, str(one.adapter.folder))
-    generator = torch.Generator().manual_seed(0)
-    high = found.skeleton.dimensions.vocabulary
-    ids = torch.randint(0, high, (2, 24), generator=generator)
     # one by one: a head that reads the last token asks what padding is where there are several
-    logits: list[Tensor] = [model(**call(model, row[None])).logits.float() for row in ids]
+    logits: list[Tensor] = [model(**call(model, row[None])).logits.float() for row in _ids(found)]
     return torch.cat(logits)
+
+
+def _ids(found: Found) -> Tensor:
+    """Random tokens, (2, 24)."""
+    return torch.randint(0, found.skeleton.dimensions.vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -31,11 +31,11 @@ class AddedRows(Delta):
         super().__init__()
         self.new, self.embeds = new, isinstance(module, nn.Embedding)
         self.gain = surgery.embed_scale(module) if self.embeds else 1.0
-        self.base = tuple(parameter.detach() for parameter in _own(module))
+        self.base = tuple(_own(module))  # looked at and never changed
         self.origin = (origin,) if origin is not None else ()  # behind a tuple, so that it is not part of this delta
         if origin is None:
-            self.rows = nn.Parameter(_wide(self.base[0][new.slice]))
-        bias = nn.Parameter(_wide(self.base[1][new.slice])) if len(self.base) > 1 else None
+            self.rows = nn.Parameter(_wide(self.base[0][new.slice].detach()))
+        bias = nn.Parameter(_wide(self.base[1][new.slice].detach())) if len(self.base) > 1 else None
         self.register_parameter("row_bias", bias)
 
     @property
@@ -61,7 +61,7 @@ class AddedRows(Delta):
     def _moved(self, trained: Tensor, index: int) -> Tensor:
         """How far they are from their start, as the base's type holds them."""
         own = self.base[index]
-        return trained.to(own.dtype).to(trained.dtype) - own[self.new.slice].to(trained.dtype)
+        return trained.to(own.dtype).to(trained.dtype) - own[self.new.slice].detach().to(trained.dtype)
 
     def folds(self) -> tuple[str, ...]:
         return ("weight",) if self.row_bias is None else ("weight", "bias")

@@ -44,6 +44,9 @@ class Delta(nn.Module):
         """The changed output, from the module's first input `x` and its output `y`; the shape of `y` is kept."""
         raise NotImplementedError
 
+    def measure(self) -> None:
+        """Take anew what it keeps of the base's values: they came after it was made."""
+
     def stand_ins(self, module: nn.Module) -> dict[str, Tensor]:
         """Values for the module's parameters in `folds`, where `stands_in`. The dtype need not be theirs."""
         return {}

@@ -29,13 +29,20 @@ class Decomposed(Delta):
         own = dict(module.named_parameters(recurse=False))
         # the base's own tensors, looked at and never changed: behind a tuple, so that they are not part of the delta
         self.base = (own["weight"], own.get("bias"))
-        self.register_buffer("squares", self._weight.detach().float().square().sum(1), persistent=False)
+        self.register_buffer("squares", self._own_squares(), persistent=False)
         # the very norm that it is divided by at first: 1 exactly, so step 0 is the base model
         self.magnitude = nn.Parameter(self._norm(self.squares).clone())
 
     @property
     def _weight(self) -> Tensor:
         return self.base[0] if self.description.kind == "Linear" else self.base[0].T
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        self.squares = self._own_squares()
+
+    def _own_squares(self) -> Tensor:
+        return self._weight.detach().float().square().sum(1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         bias = self.base[1]
