@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftctl.kernels.linear import Product, linears
-from peftctl.kernels.matrix import matrix
+from peftctl.kernels.matrix import Packed, matrix
 from peftctl.kernels.mlp import gated, slope_of
 from peftctl.kernels.norm import rms_norm
 from peftctl.methods.attachment import Attachment, Delta
@@ -61,10 +61,10 @@ class Siblings:
 Places = dict[nn.Module, tuple[Siblings, int]]  # where each linear is computed
 
 
-def fuse(model: Any, attachment: Attachment, *, pack: bool) -> None:
+def fuse(model: Any, attachment: Attachment, *, pack: bool) -> bool:
     """Compute the trunk's frozen linears, gated MLPs and norms by the fast kernels, until the attachment is removed.
 
-    `pack`: keep copies of the matrices in the device's own order.
+    `pack`: keep copies of the matrices in the device's own order, where it has one. Returns whether there are any.
     """
     by_path: dict[str, list[int]] = {}
     for index, path in enumerate(attachment.paths):
@@ -87,6 +87,7 @@ def fuse(model: Any, attachment: Attachment, *, pack: bool) -> None:
     for module, forward in replaced.items():
         module.forward = forward
     attachment.at_removal(lambda: _restore(replaced))
+    return any(isinstance(one, Packed) for siblings, _ in places.values() for one in siblings.matrices)
 
 
 def _replaced(model: nn.Module, attachment: Attachment) -> set[nn.Module]:

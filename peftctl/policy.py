@@ -63,7 +63,7 @@ class Policy(nn.Module):
         # what a pass over a batch runs in: `frozen.py` puts what it knows in the place of the lowest blocks
         self.below: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext()
         self.balance: Balance | None = None  # of a mixture of experts whose routers' loss counts
-        self.packed = False  # whether the kernels keep copies of the matrices in the device's own order
+        self.packed = self.packs = False  # whether copies in the device's own order are asked for; whether any is kept
         self._plan: Plan | None = None  # the last one: the reference is asked about the same batch
         self.attention_calls = 0  # how often the last forest asked for attention: what the layout check compares
 
@@ -88,9 +88,10 @@ class Policy(nn.Module):
 
     def fuse(self, *, pack: bool) -> None:
         """Go on with the fast kernels in place of the plain ones."""
-        fuse(self.model, self.attachment, pack=pack)
+        self.packs = fuse(self.model, self.attachment, pack=pack)
         if self.head is not None:
             self.head.frozen = self.head.multiplied_by(pack=pack)
+            self.packs |= self.head.frozen.packed
         self.packed = pack
 
     def exact_logits(self) -> None:

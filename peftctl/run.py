@@ -27,6 +27,7 @@ from peftctl.kernels.stored import computed_type, stored_type
 from peftctl.loading import Training, load
 from peftctl.merging import merge
 from peftctl.plan import Options, Plan, plan, without_tokens
+from peftctl.policy import Policy
 from peftctl.profile import profiled
 from peftctl.proof import Proof, prove
 from peftctl.remembered import Remembered
@@ -77,6 +78,7 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         computing.enter_context(threads.held(models.device(planned.recipe.train.device)))
         training = load(planned, folder, state, options, shown.notice)
         _exactness(next(training.policy.model.parameters()).device.type, shown.notice)
+        _packing(training.policy, shown.notice)
         batches = batches_of(planned, training.policy, world, {} if state is None else state.facts)
         kept = jobs.kept(planned, training, batches, folder, shown.notice)
         folder.record(planned, training.policy.layout, _choices(training, kept), random_base)
@@ -141,6 +143,14 @@ def _exactness(device: str, notice: Callable[[str], None]) -> None:
     """The CPU's kernels add in one order; some of an accelerator's add in that in which they get ready."""
     if device != "cpu":
         notice(f"on {device} some kernels are not deterministic: the last bits may differ from run to run")
+
+
+def _packing(policy: Policy, notice: Callable[[str], None]) -> None:
+    """Tell a recipe that asks for `train.pack_weights` in vain."""
+    if policy.packed and not policy.packs:
+        weight = next(policy.model.parameters())
+        dtype = str(weight.dtype).removeprefix("torch.")
+        notice(f"train.pack_weights has no effect: no frozen {dtype} matrix can be packed on this {weight.device.type}")
 
 
 def _same_threads(before: int | None, notice: Callable[[str], None]) -> None:

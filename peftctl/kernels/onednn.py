@@ -33,8 +33,19 @@ def linear_onto(x: Tensor, weight: Tensor, onto: Tensor) -> Tensor:
 
 
 def packable(weight: Tensor) -> bool:
-    """Whether this torch has oneDNN's packed product for such a weight."""
-    return weight.device.type == "cpu" and weight.dtype in PACKABLE and available()
+    """Whether this torch has oneDNN's packed product for such a weight, on this processor."""
+    return weight.device.type == "cpu" and weight.dtype in PACKABLE and available() and _packs(weight.dtype)
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Seen in a trial: torch refuses bfloat16 on a processor without the instructions, and says so only when asked."""
+    weight = torch.zeros(2, 2, dtype=dtype, device="cpu")
+    try:
+        packed_linear(weight, pack(weight))
+    except RuntimeError:
+        return False
+    return True
 
 
 def pack(weight: Tensor) -> Any:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from peftctl.kernels.matrix import Matrix
+from peftctl.kernels.matrix import Matrix, Packed
 
 Head = Callable[[Tensor], Tensor]  # (n, hidden) -> (n, vocabulary)
 # bytes of logits held at once: few chunks stream the head's matrix seldom, but what is larger than 32 MiB costs fresh
@@ -33,6 +33,10 @@ class FrozenHead(NamedTuple):
     matrix: Matrix
     finish: Callable[[Tensor], Tensor] | None = None
     wide: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.matrix, Packed)
 
     def product(self, hidden: Tensor) -> Tensor:
         """The logits before the finish, (n, vocabulary)."""
