@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,31 @@ from peftctl.errors import RecipeError, Stopped, TrainingError
 from peftctl.watch import Watch
 from tests import runs
 
-# so fast that the held-out loss falls and then rises
-TRAIN: dict[str, Any] = {"max_steps": 12, "learning_rate": 0.2, "eval_every": 1, "schedule": "constant", "warmup": 0}
+# the held-out answers end as those that are learnt do, and are other words: their loss falls, then rises for good
+LEARNT, HELD_OUT = ["red"] * 8, ["sea"] * 4
+TRAIN: dict[str, Any] = {"max_steps": 12, "learning_rate": 0.004, "eval_every": 1, "schedule": "constant", "warmup": 0}
 
 
-def document(**train: Any) -> dict[str, Any]:
-    return runs.document(train=TRAIN | train)
+Document = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("rows")
+    for name, answers in (("train", LEARNT), ("validation", HELD_OUT)):
+        rows = [{"prompt": f"{number}: ", "completion": answer} for number, answer in enumerate(answers)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: str(folder / f"{name}.jsonl") for name in ("train", "validation")}
+
+
+@pytest.fixture
+def document(files: dict[str, str]) -> Document:
+    """A recipe with keys of its block `train`, whose fifth evaluation is the best by far, whatever rounds how."""
+
+    def made(**train: Any) -> dict[str, Any]:
+        return runs.document("full", data=files | {"limit": None}, train=TRAIN | train)
+
+    return made
 
 
 def curve(output: Path) -> list[float]:
@@ -68,11 +88,12 @@ def test_a_step_is_judged_once_and_an_unknown_metric_is_told() -> None:
         Watch("acuracy")(1, {"loss": 1.0, "accuracy": 0.5})
 
 
-def test_the_adapter_is_that_of_the_best_evaluation(tmp_path: Path) -> None:
+def test_the_adapter_is_that_of_the_best_evaluation(document: Document, tmp_path: Path) -> None:
     result = runs.train(tmp_path / "best", document(keep_best=True), verify=True)
     losses = curve(tmp_path / "best")
     step = losses.index(min(losses)) + 1
     assert 1 < step < len(losses) and result["best"] == {"step": step, "loss": min(losses)}
+    assert sorted(losses)[1] - min(losses) > 0.05, "which is the best is a matter of rounding"
     runs.train(tmp_path / "until", document(max_steps=step))
     ours, theirs = runs.adapter(tmp_path / "best"), runs.adapter(tmp_path / "until")
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -80,7 +101,7 @@ def test_the_adapter_is_that_of_the_best_evaluation(tmp_path: Path) -> None:
     assert any(not torch.equal(tensor, theirs[name]) for name, tensor in runs.adapter(tmp_path / "last").items())
 
 
-def test_a_run_ends_early_with_a_checkpoint_and_is_finished(tmp_path: Path) -> None:
+def test_a_run_ends_early_with_a_checkpoint_and_is_finished(document: Document, tmp_path: Path) -> None:
     result = runs.train(tmp_path / "run", document(early_stopping=2))
     losses = curve(tmp_path / "run")
     best = losses.index(min(losses)) + 1
@@ -92,7 +113,9 @@ def test_a_run_ends_early_with_a_checkpoint_and_is_finished(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("save_every", [1, 3, None])
 @pytest.mark.parametrize("stop", [2, 5, 6])
-def test_a_stopped_run_decides_as_one_that_was_not(stop: int, save_every: int | None, tmp_path: Path) -> None:
+def test_a_stopped_run_decides_as_one_that_was_not(
+    stop: int, save_every: int | None, document: Document, tmp_path: Path
+) -> None:
     contents = document(early_stopping=2, keep_best=True, save_every=save_every)
     whole = runs.train(tmp_path / "whole", contents)
     assert whole["steps"] > stop or whole["steps"] == stop
@@ -105,7 +128,9 @@ def test_a_stopped_run_decides_as_one_that_was_not(stop: int, save_every: int | 
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
 
-def test_killed_after_the_decision_it_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_after_the_decision_it_is_taken_again(
+    document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     contents = document(early_stopping=2, keep_best=True)
     whole = runs.train(tmp_path / "whole", contents)
 
