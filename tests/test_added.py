@@ -302,8 +302,7 @@ def test_a_run_trains_saves_resumes_and_merges_them(tmp_path: Path) -> None:
     begun = {"model": {"name": str(tmp_path / "run" / "base"), "add_tokens": list(TOKENS[:2])}}
     go_on = runs.document("lora", "dpo", **begun, method={"init_from": str(tmp_path / "run")})
     runs.train(tmp_path / "on", go_on)
-    losses = [event["loss"] for event in runs.events(tmp_path / "on") if event["event"] == "step"]
-    assert losses[0] == pytest.approx(0.6931472, abs=1e-6)
+    assert runs.even(runs.losses(tmp_path / "on")[0])
     for tokens in (None, list(TOKENS[1::-1]), ["<tool>"]):
         go_on["model"]["add_tokens"] = tokens
         with pytest.raises(InputError, match=r"was trained with model\.add_tokens \['<tool>', 'kugelblitz'\]: set the"):
@@ -335,8 +334,8 @@ def test_a_template_gets_the_tokens_that_the_base_lacks(tmp_path: Path) -> None:
 
 def test_dpo_starts_at_ln_2_against_the_grown_base(tmp_path: Path) -> None:
     runs.train(tmp_path / "run", runs.document("lora", "dpo", model={"add_tokens": ["spider"]}))
-    losses = [event["loss"] for event in runs.events(tmp_path / "run") if event["event"] == "step"]
-    assert losses[0] == pytest.approx(0.6931472, abs=1e-7) and losses[-1] != losses[0]
+    first_loss, *_, last_loss = runs.losses(tmp_path / "run")
+    assert runs.even(first_loss) and not runs.even(last_loss)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_half_precision_stays_near_and_learns(layout: dict[str, Any], fuse: bool
 
 
 def test_the_first_preference_loss_is_ln_2(tmp_path: Path) -> None:
-    assert losses(tmp_path / "run", runs.document("lora", "dpo"), CARD)[0] == pytest.approx(math.log(2), abs=1e-7)
+    assert runs.even(losses(tmp_path / "run", runs.document("lora", "dpo"), CARD)[0])
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:

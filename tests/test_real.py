@@ -1,7 +1,6 @@
 """On the real SmolLM2-135M-Instruct, which `make demo-data` puts into .cache: layouts, first losses, every recipe."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from peftctl.policy import Layout, Policy
 from peftctl.row import Message, Row
 from peftctl.run import train
 from peftctl.skeleton import Skeleton
+from tests import runs
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +91,7 @@ def test_every_recipe_trains_merges_where_it_can_and_opens_in_peft(
     result = train(wanted, Options(quiet=True))
     events = [json.loads(line) for line in (Path(result["run"]) / "metrics.jsonl").read_text().splitlines()]
     if wanted.objective.name == "dpo":
-        assert events[0]["loss"] == float(torch.tensor(math.log(2), dtype=torch.float32))
+        assert runs.even(events[0]["loss"])
     assert result["steps"] == 3 and result["proof"]["moved"] > 0
     if (
         methods.get(wanted.method.name).exchange is not None
