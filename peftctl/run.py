@@ -147,10 +147,14 @@ def _exactness(device: str, notice: Callable[[str], None]) -> None:
 
 def _packing(policy: Policy, notice: Callable[[str], None]) -> None:
     """Tell a recipe that asks for `train.pack_weights` in vain."""
-    if policy.packed and not policy.packs:
-        weight = next(policy.model.parameters())
-        dtype = str(weight.dtype).removeprefix("torch.")
-        notice(f"train.pack_weights has no effect: no frozen {dtype} matrix can be packed on this {weight.device.type}")
+    if not policy.packed or policy.packs:
+        return
+    model = policy.model
+    stored, device = str(stored_type(model)).removeprefix("torch."), device_of(model).type
+    why = f"no frozen {stored} matrix can be packed on this {device}"
+    if stored_type(model) is not computed_type(model):
+        why = f"matrices stored in {stored} are widened when they are multiplied"
+    notice(f"train.pack_weights has no effect: {why}")
 
 
 def _same_threads(before: int | None, notice: Callable[[str], None]) -> None:
