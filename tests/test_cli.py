@@ -41,8 +41,8 @@ class Answer(NamedTuple):
 
     @property
     def refusal(self) -> str:
-        """The line that a refused command leaves, without its head."""
-        (line,) = self.err.splitlines()
+        """The line that a refused command leaves, without its head; before it may stand what was being loaded."""
+        (line,) = (line for line in self.err.splitlines() if not line.startswith("peftctl: loading "))
         assert self.code == 2 and self.out == "" and line.startswith("peftctl: error: ")
         return line.removeprefix("peftctl: error: ")
 

@@ -5,9 +5,9 @@ Usage: python -m tests.benchmarks.busy [--rounds N] [--steps N] [--seconds S] [-
 Each measurement is a process of its own, on the everyday recipe, with as many threads as there are processors; who
 begins changes from round to round. The ways: `bound`, as peftctl binds its threads by itself, and `plain`, OpenMP's own
 default. Beside it runs nothing (`quiet`), one Python loop (`loop`), products of matrices by as many threads as there
-are processors (`products`), or the same run once more (`run`). A step counts from the third on; a run that takes longer
-than the seconds is ended, and what it did until then counts. `others` is the processor time that neither the run nor
-what was put beside it took, per second: where it is not about 0, the machine was not free for this. Linux.
+are processors (`products`), or the same run once more (`run`). A step counts from the third on, if nothing else on the
+machine computed meanwhile; a run that takes longer than the seconds is ended, and what it did until then counts.
+`others` is the processor time that neither the run nor what was put beside it took, per second. Linux.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from tests.benchmarks.workloads import RECIPE, ROOT, WARM_UP, WORKLOADS
 WAYS = {"bound": {}, "plain": {"OMP_PROC_BIND": "false"}}
 PRODUCTS = "import torch\na = torch.randn(1024, 1024)\nwhile True: a @ a"
 BESIDE = {"quiet": None, "loop": "while True: pass", "products": PRODUCTS, "run": None}
+FOREIGN = 0.15  # of `others` that a step may have; clock ticks are as coarse as that
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -44,9 +46,14 @@ class Moment(NamedTuple):
     own: float
 
 
+class Step(NamedTuple):
+    tokens: int
+    seconds: float
+
+
 class Speed(NamedTuple):
-    tokens_per_s: float
-    steps: int  # that counted
+    steps: dict[int, Step]  # those that count, by number
+    done: int  # after the first two
     others: float  # processor seconds that others took, per second
 
 
@@ -60,14 +67,36 @@ def measured(way: str, beside: str, dtype: str, steps: int, seconds: float) -> S
             run.kill()
             run.wait()
         log = (Path(folder) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
-    counted = [moment for moment in moments if moment.steps >= WARM_UP]
-    if len(counted) < 2:
-        return Speed(0.0, 0, 0.0)
-    first, last = counted[0], counted[-1]
-    events = [json.loads(line) for line in log[first.steps : last.steps]]
-    taken = last.seconds - first.seconds
-    rate = sum(event["tokens"] for event in events) / sum(event["seconds"] for event in events)
-    return Speed(rate, len(events), (last.every - first.every - last.own + first.own) / taken)
+    spans = [span for span in pairwise(moments) if span[0].steps >= WARM_UP]
+    clean = [span for span in spans if _others([span]) <= FOREIGN]
+    events = [json.loads(line) for first, last in clean for line in log[first.steps : last.steps]]
+    steps = {event["step"]: Step(event["tokens"], event["seconds"]) for event in events}
+    return Speed(steps, sum(last.steps - first.steps for first, last in spans), _others(spans))
+
+
+def rate(steps: Iterable[Step]) -> float:
+    """Tokens a second."""
+    tokens, seconds = zip(*steps, strict=True)
+    return sum(tokens) / sum(seconds)
+
+
+def typical(rounds: Sequence[Speed]) -> dict[int, Step]:
+    """Of each step the median of its seconds over the rounds in which it counts."""
+    numbers = sorted({number for speed in rounds for number in speed.steps})
+    found = {number: [speed.steps[number] for speed in rounds if number in speed.steps] for number in numbers}
+    return {number: Step(one[0].tokens, median(step.seconds for step in one)) for number, one in found.items()}
+
+
+def ratio(one: dict[int, Step], other: dict[int, Step]) -> str:
+    """Of two speeds, over the steps that both have: steps differ in their tokens."""
+    both = one.keys() & other.keys()
+    return f"{rate(one[n] for n in both) / rate(other[n] for n in both):.2f}" if both else "unknown"
+
+
+def _others(spans: Sequence[tuple[Moment, Moment]]) -> float:
+    """Processor seconds that neither the run nor what was put beside it took, per second."""
+    own = sum(last.every - first.every - last.own + first.own for first, last in spans)
+    return own / sum(last.seconds - first.seconds for first, last in spans) if spans else 0.0
 
 
 def _run(way: str, dtype: str, steps: int, output: Path) -> subprocess.Popen[bytes]:
@@ -142,21 +171,21 @@ def main() -> None:
     given = parser.parse_args()
     print(machine(Setting(given.steps, os.cpu_count() or 1, "cpu")), flush=True)
     ways, beside = given.way or list(WAYS), given.beside or ["quiet", "loop", "products"]
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[str, str], list[Speed]] = {}
     for number in range(1, given.rounds + 1):
         for name in beside:
             for way in ways if number % 2 else reversed(ways):
                 speed = measured(way, name, given.dtype, given.steps, given.seconds)
-                found.setdefault((way, name), []).append(speed.tokens_per_s)
-                print(
-                    f"round {number}  {way:<6} {name:<9}{speed.tokens_per_s:>8.1f} tokens/s over {speed.steps} steps, "
-                    f"others {speed.others:.2f}",
-                    flush=True,
-                )
-    for (way, name), rates in found.items():
-        quiet = found.get((way, "quiet"))
-        share = f"  {median(rates) / median(quiet):.2f} of quiet" if quiet else ""
-        print(f"median  {way:<6} {name:<9}{median(rates):>8.1f} tokens/s{share}")
+                found.setdefault((way, name), []).append(speed)
+                said = f"{rate(speed.steps.values()):>8.1f} tokens/s" if speed.steps else "no step in time"
+                counted = f"{len(speed.steps)} of {speed.done} steps"
+                print(f"round {number}  {way:<6} {name:<9}{said}  {counted}, others {speed.others:.2f}", flush=True)
+    medians = {key: typical(rounds) for key, rounds in found.items()}
+    for (way, name), steps in medians.items():
+        said = f"{rate(steps.values()):>8.1f} tokens/s over {len(steps)} steps" if steps else "no step in time"
+        against = {f"{way} quiet": medians.get((way, "quiet")), f"plain {name}": medians.get(("plain", name))}
+        ratios = [f"{ratio(steps, other)} of {key}" for key, other in against.items() if other and other is not steps]
+        print("  ".join((f"median  {way:<6} {name:<9}{said}", *ratios)))
 
 
 if __name__ == "__main__":
