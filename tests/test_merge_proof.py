@@ -15,6 +15,7 @@ from peftctl import merging, methods
 from peftctl import model as models
 from peftctl.adapter import attach
 from peftctl.base import Base, resolve
+from peftctl.compute import Precision
 from peftctl.errors import ModelError, PeftctlError, TargetError, Unfoldable
 from peftctl.formats import peft
 from peftctl.formats.shards import shards
@@ -48,7 +49,7 @@ def based(folder: Path, name: str, **changes: Any) -> Base:
 
 def adapter(base: Base, folder: Path, method: str, seed: int = 3, **keys: Any) -> str:
     """An adapter of ours, far off its start."""
-    model, config = models.load(base, "float32", "cpu", 0), methods.get(method).config(name=method, **keys)
+    model, config = models.load(base, Precision("float32"), "cpu", 0), methods.get(method).config(name=method, **keys)
     attachment = attach(model, methods.get(method), config, 0)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -67,13 +68,13 @@ class Both:
         own = [one.adapter for one in self.found if one.adapter is not None]
         self.walked = walk(self.found[0].base, own)
         self.expected = answers(self.walked, merging._ids(self.found[0]))
-        self.whole = merging._logits(self.found, "float32", False)
+        self.whole = merging._logits(self.found, False)
 
     def merged(self, output: Path) -> tuple[Tensor, Tensor]:
         first = self.found[0]
         other = Found(resolve(str(output))._replace(task=first.base.task), first.skeleton, None, None)
         self.actual = answers(walk(other.base, ()), merging._ids(first))
-        return self.actual.logits, merging._logits([other], "float32", False)
+        return self.actual.logits, merging._logits([other], False)
 
     def agree(self, output: Path) -> None:
         """On both sides, so that a difference between the sides is one to both."""
@@ -100,7 +101,7 @@ def test_files_and_whole_models_agree_on_every_family(name: str, tmp_path: Path)
     assert result["max_logit_difference"] < 1e-3 < result["largest_logit"]
     assert first_apart(both.expected, both.actual, 0.01) is None
     # a bare forward of the base says something else, so the deltas were there
-    assert (merging._logits([both.found[0]._replace(adapter=None)], "float32", False) - both.whole).abs().max() > 1e-3
+    assert (merging._logits([both.found[0]._replace(adapter=None)], False) - both.whole).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "bert", "t5", "bart", "mixtral"])
@@ -174,7 +175,7 @@ def test_new_rows_agree(name: str, spare: int, tmp_path: Path) -> None:
     both = Both(changed)
     ids = torch.arange(VOCABULARY - spare, VOCABULARY - spare + 3)[None]  # the new ones themselves
     with torch.no_grad():
-        model = models.load(base, "float32", "cpu", 0)
+        model = models.load(base, Precision("float32"), "cpu", 0)
         attachment = attach(model, both.found[0].adapter.method, both.found[0].adapter.config, 0)  # type: ignore[union-attr]
         attachment.load(both.found[0].adapter.tensors)  # type: ignore[union-attr]
         torch.testing.assert_close(answers(both.walked, ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
