@@ -22,6 +22,7 @@ from peftctl.data.batches import Batches
 from peftctl.errors import InputError, Stopped
 from peftctl.policy import Layout
 from tests import runs
+from tests.faults.processes import LONGEST
 
 GPT2 = {"name": str(runs.CONFIGS / "models" / "tiny-gpt2.json")}  # its own dropout is 0.1
 KEEP_ALL = {"keep": 9}
@@ -287,11 +288,11 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(number: int, code: int, tmp_
     command = [sys.executable, "-m", "peftctl.cli", "train", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(runs.CONFIGS.parent)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LONGEST
     while runs.done(output) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=LONGEST)
     assert process.returncode == code, said
     assert "--resume goes on from there" in said.splitlines()[-1]
     assert not (output / "lock").exists()

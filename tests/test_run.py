@@ -23,7 +23,7 @@ from peftctl.errors import InputError
 from peftctl.report import Doing
 from peftctl.row import Row
 from tests import runs
-from tests.faults.processes import begun, ended
+from tests.faults.processes import LONGEST, begun, ended
 
 IDS = tuple(range(20, 45))
 BOTH = ("sft", "dpo")
@@ -184,7 +184,7 @@ def test_of_several_that_find_a_stale_lock_one_takes_it_over(tmp_path: Path) -> 
         try:
             with lock.held(tmp_path):
                 (tmp_path / f"held-{os.getpid()}").touch()
-                while len(list(tmp_path.glob("refused-*"))) < 5 and time.monotonic() < at + 30:
+                while len(list(tmp_path.glob("refused-*"))) < 5 and time.monotonic() < at + LONGEST:
                     time.sleep(0.05)
         except InputError:
             (tmp_path / f"refused-{os.getpid()}").touch()

@@ -110,6 +110,7 @@ def test_what_another_process_is_told_is_enough(chat, monkeypatch):
 def test_long_work_is_shown_and_short_work_is_not(chat, monkeypatch):
     write(400)
     shown = io.StringIO()
+    monkeypatch.setattr(waiting, "AFTER", 1e9)
     with waiting.tokenising(stream=shown) as progress:
         load("rows.jsonl", chat, DPO, PAIRS, on_bad_row="skip", progress=progress)
     assert shown.getvalue() == ""

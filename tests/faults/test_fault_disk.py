@@ -266,10 +266,10 @@ def test_an_output_that_cannot_be_a_folder(
     output = place(tmp_path)
     recipe = runs.loaded(tmp_path / "other", EVERY_STEP).model_copy(update={"output": str(output)})
     monkeypatch.setattr(run, "plan", lambda *_: pytest.fail("the data was read first"))
-    begun = time.perf_counter()
+    monkeypatch.setattr(time, "sleep", lambda *_: pytest.fail("it is tried again"))
     with pytest.raises(InputError, match=r"output: .*cannot be made") as caught:
         run.train(recipe, Options(quiet=True))
-    assert time.perf_counter() - begun < 1 and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
     seen(caught)
 
 
@@ -286,10 +286,9 @@ def test_an_output_on_a_read_only_disk_is_told_before_data_and_model(
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     recipe = runs.loaded(tmp_path / "other", EVERY_STEP).model_copy(update={"output": str(output)})
     monkeypatch.setattr(run, "plan", lambda *_: pytest.fail("the data was read first"))
-    begun = time.perf_counter()
+    monkeypatch.setattr(time, "sleep", lambda *_: pytest.fail("it is tried again"))
     with pytest.raises(InputError, match=r"output: .*run' cannot be written: .* is read-only") as caught:
         run.train(recipe, Options(quiet=True))
-    assert time.perf_counter() - begun < 1
     seen(caught)
 
 
