@@ -15,7 +15,9 @@ from peftctl.methods.attachment import Attachment, Delta
 from peftctl.skeleton import dotted
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCK = 1 << 20  # numbers of a tensor that are changed at once: few enough to stay in a processor's cache
+BLOCK = (
+    1 << 18
+)  # numbers of a tensor that are read at once: few enough to stay in a cache, and in memory that is reused
 
 
 class Fold(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -25,7 +26,7 @@ from peftctl.formats.shards import INDEX, WIDTHS, Entry, Shard, header, shards
 from peftctl.formats.vocabularies import TEMPLATES
 from peftctl.joined import Joined, joined
 from peftctl.methods.attachment import Attachment
-from peftctl.storage import TEMPORARY, publish
+from peftctl.storage import TEMPORARY, publish, sync
 from peftctl.surgery import new_rows
 from peftctl.task import Task
 
@@ -79,11 +80,13 @@ def merge(
     laid_out = [_laid_out(shard, dtype and NAMES[dtype], head, changes.folds) for shard in found]
     total, done = sum(laid[-1][1].end for laid in laid_out if laid), 0
     merged = {old.name: new for laid in laid_out for old, new in laid}
-    with _aside(output, total + head.size) as temporary:
+    with _aside(output, total + head.size) as temporary, ThreadPoolExecutor(1) as beside:
+        synced = []  # while the next one is being written
         for name, shard, laid in zip(head.files(found), found, laid_out, strict=True):
             for size in _shard(shard, temporary / name, laid, changes, merged):
                 done += size
                 progress(done, total)
+            synced.append(beside.submit(sync, temporary / name))
         _companions(base, temporary, dtype, total)
         head.write(temporary, [[new for _, new in laid] for laid in laid_out], found)
         if task is not None:
@@ -91,6 +94,8 @@ def merge(
         if (new := new_rows(model)) is not None:
             _rewrite(temporary / "config.json", lambda config: config | {"vocab_size": new.total})
         finish(temporary)
+        for one in synced:
+            one.result()
 
 
 def refuse(output: Path, dtype: str | None) -> None:

@@ -39,7 +39,7 @@ def write_file(target: Path, data: bytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         _write(temporary, data)
         os.replace(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _failed(target, error, len(data)) from error
@@ -57,9 +57,9 @@ def write_folder(target: Path, files: Mapping[str, Content], expected: int = 0) 
         temporary.mkdir(parents=True)
         manifest = Manifest(FORMAT, {name: _write(temporary / name, content) for name, content in files.items()})
         _write(temporary / MANIFEST, _encode(manifest))  # last: a folder without it is not whole
-        _sync(temporary)
+        sync(temporary)
         _rename(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         needed = max(expected, _size(temporary))
         shutil.rmtree(temporary, ignore_errors=True)
@@ -82,9 +82,9 @@ def publish(temporary: Path, target: Path) -> None:
     """
     try:
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
+            sync(path)
         _rename(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise _failed(target, error, _size(temporary)) from error
 
@@ -136,11 +136,11 @@ def _write(path: Path, content: Content) -> Entry:
         path.write_bytes(content)
     else:
         content(path)
-    _sync(path)
+    sync(path)
     return Entry(path.stat().st_size, _sha256(path))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file's or a folder's content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
