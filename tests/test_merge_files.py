@@ -20,6 +20,7 @@ from peftctl.base import resolve
 from peftctl.errors import InputError
 from peftctl.formats import copying, peft, vocabularies
 from peftctl.formats.shards import Entry
+from peftctl.merge import Changes, _runs
 from peftctl.merge import merge as merge_files
 from peftctl.surgery import skeleton
 from tests.methods import contract
@@ -94,6 +95,14 @@ def test_untouched_neighbours_are_one_copy(tmp_path: Path, monkeypatch: pytest.M
     }
     assert len(changed) == 2 and len(sizes) <= 3
     assert sum(sizes) == sum(value.nbytes for name, value in tensors(base).items() if name not in changed)
+
+
+def test_neighbours_of_what_is_left_out_are_two_copies() -> None:
+    """A head for other labels lies between tensors that stay, and is not written."""
+    old = [Entry(name, "F32", (2,), at, at + 8) for name, at in (("a", 0), ("b", 8), ("d", 24), ("e", 32))]
+    laid = [(one, one._replace(start=8 * place, end=8 * place + 8)) for place, one in enumerate(old)]
+    runs = [[one.name for one, _ in run] for run in _runs(laid, Changes({}, {}))]
+    assert runs == [["a", "b"], ["d", "e"]]
 
 
 @given(st.lists(st.integers(0, 5), max_size=3), st.integers(1, 12))
