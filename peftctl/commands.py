@@ -162,7 +162,7 @@ def opened(path: str, options: ModelOptions) -> Opened:
         from peftctl import opened as places
 
     found = places.find(path, options.base, trust_remote_code=options.trust_remote_code)
-    with threads.held(models.device(options.device)), doing(loading(found.base.name), options.quiet):
+    with threads.bind_main(models.device(options.device)), doing(loading(found.base.name), options.quiet):
         return places.open(
             found,
             device=options.device,
@@ -203,7 +203,7 @@ def generate(
     plain = raw or chat.template is None
     ids = chat.prompt(prompt) if plain else chat.render_prompt(messages)
     printer = _Printer(chat.decode) if stream else None
-    with threads.held(device_of(opened.policy.model).type):
+    with threads.bind_main(device_of(opened.policy.model).type):
         new = run(opened.policy, ids, end=chat.eos_ids, on_token=printer or (lambda token: None), **sampling)
     text = chat.decode(new)
     if printer is not None:

@@ -48,7 +48,7 @@ class Silent:
         """A step or an evaluation is over, or something else has happened."""
         self._work = None
         if event["event"] == "step":
-            self.stepped(event)
+            self.show_step(event)
         if event["event"] != "step" or "skipped" in event:
             self.notice(describe(event, self.steps))
 
@@ -63,7 +63,7 @@ class Silent:
         begun = before.begun if before is not None and before.name == name else self.clock()
         self._work = _Work(name, begun, doing)
 
-    def stepped(self, event: Event) -> None:
+    def show_step(self, event: Event) -> None:
         """A step is over."""
 
     def notice(self, text: str) -> None:
@@ -99,7 +99,7 @@ class Lines(Silent):
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="display", daemon=True)
 
-    def stepped(self, event: Event) -> None:
+    def show_step(self, event: Event) -> None:
         every = max(1, self.steps // 20)
         due = event["step"] in (1, self.steps) or event["step"] % every == 0
         if due and "skipped" not in event:
@@ -111,7 +111,7 @@ class Lines(Silent):
 
     def notice(self, text: str) -> None:
         with self._writing:
-            self._pace.told()
+            self._pace.reset()
             print(text, file=self.stream, flush=True)
 
     def remind(self) -> None:
@@ -156,7 +156,7 @@ class Bar(Silent):
         self._progress = Progress(*columns, console=Console(file=stream), refresh_per_second=4)
         self._task = self._progress.add_task("", total=steps)
 
-    def stepped(self, event: Event) -> None:
+    def show_step(self, event: Event) -> None:
         self._latest = figures(event)
         self._progress.update(self._task, completed=event["step"])
 

@@ -85,7 +85,7 @@ def _measured_on(
     parts = each_once(dataset, padded=layout == "padded", trim=layout == "shared")
     batches = _watched(parts, len(dataset), progress)
     device = device_of(opened.policy.model)
-    with threads.held(device.type):
+    with threads.bind_main(device.type):
         found = measure(Question(asked, config, policy), batches, device)
     assert found is not None  # `load` refuses a file without rows
     return found

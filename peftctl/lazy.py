@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from peftctl.errors import PeftctlError
-from peftctl.stored import Stored
+from peftctl.file_weights import FileWeight
 
 
 class Unreadable(PeftctlError):
@@ -28,7 +28,7 @@ class Unreadable(PeftctlError):
 class Reading(TorchFunctionMode):
     """`sources`: what the files hold, for each parameter of the model that is on the meta device."""
 
-    def __init__(self, sources: Mapping[nn.Parameter, Stored]) -> None:
+    def __init__(self, sources: Mapping[nn.Parameter, FileWeight]) -> None:
         super().__init__()
         self.sources = {id(parameter): source for parameter, source in sources.items()}
         self._owner = ""  # the module of experts whose parameters are held, as its code asks for them one by one
@@ -51,7 +51,7 @@ class Reading(TorchFunctionMode):
     def _lazy(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.is_meta
 
-    def source(self, value: Any) -> Stored | None:
+    def source(self, value: Any) -> FileWeight | None:
         """What the files hold of a parameter; None of what has values. Raises Unreadable.
 
         Without values there must be nothing else: a product with such a thing is a number, and no error.
@@ -71,7 +71,7 @@ class Reading(TorchFunctionMode):
             return value
         return self._of_experts(value, source) if value.ndim > 2 else source.read()
 
-    def _of_experts(self, value: nn.Parameter, source: Stored) -> Tensor:
+    def _of_experts(self, value: nn.Parameter, source: FileWeight) -> Tensor:
         if source.owner != self._owner:
             self._owner, self._held = source.owner, {}
         if id(value) not in self._held:

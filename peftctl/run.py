@@ -75,7 +75,7 @@ def _lead(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         shown.working(loading(planned.base.name))
         random_base = planned.base.weights is None
         planned = _with_weights(planned, folder)
-        computing.enter_context(threads.held(models.device(planned.recipe.train.device)))
+        computing.enter_context(threads.bind_main(models.device(planned.recipe.train.device)))
         training = load(planned, folder, state, options, shown.notice)
         _exactness(next(training.policy.model.parameters()).device.type, shown.notice)
         _packing(training.policy, shown.notice)
@@ -118,7 +118,7 @@ def _follow(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     _same_threads(folder.choice("threads"), _ignore)
     state = checkpoint.load(Path(told["checkpoint"])) if told["checkpoint"] else None
     with signals.caught() as stop, ExitStack() as serving:
-        serving.enter_context(threads.held(models.device(planned.recipe.train.device)))
+        serving.enter_context(threads.bind_main(models.device(planned.recipe.train.device)))
         training = load(planned, folder, state, options, _ignore)
         batches = batches_of(planned, training.policy, world, {} if state is None else state.facts)
         for one in jobs.kept(planned, training, batches, folder, _ignore):

@@ -55,7 +55,7 @@ def binding() -> Iterator[None]:
     """Within it OpenMP's library is loaded, which reads its variables then, and binds the main thread at once.
 
     Afterwards the variables are gone, for processes that are started later are not to crowd on the same processors, and
-    the main thread is free again until it is `held`.
+    the main thread is free again until it is bound by `bind_main`.
     """
     global _place
     before = usable()
@@ -72,7 +72,7 @@ def binding() -> Iterator[None]:
 
 
 @contextmanager
-def held(device: str) -> Iterator[None]:
+def bind_main(device: str) -> Iterator[None]:
     """For the length of a `with` the main thread is bound as the others are, where they are, if `device` is the CPU.
 
     Threads and processes that it starts meanwhile share its processor.

@@ -32,7 +32,7 @@ class Pace:
         now = self.clock()
         return now - self.last >= min(MOST, max(FIRST, SHARE * (now - self.begun)))
 
-    def told(self) -> None:
+    def reset(self) -> None:
         """A line was written, of whatever kind."""
         self.last = self.clock()
 
@@ -97,7 +97,7 @@ class _Counted:
     def __call__(self, done: int, total: int) -> None:
         if done < total and not self.pace.due():
             return
-        self.pace.told()
+        self.pace.reset()
         of = f"{done:,} of " if done < total else ""
         print(f"{self.title} {of}{total:,}", file=self.stream, flush=True)
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from peftctl import model as models
 from peftctl.base import Base
 from peftctl.errors import ModelError, several
+from peftctl.file_weights import Table, table
 from peftctl.formats.peft import Adapter
 from peftctl.lazy import Reading, Unreadable
 from peftctl.methods.attachment import Attachment, Delta
 from peftctl.seq2seq import call
 from peftctl.skeleton import block_of
-from peftctl.stored import Table, table
 from peftctl.surgery import find, head_of_task
 
 # what code raises that finds another parameter than it expects

@@ -37,7 +37,7 @@ LAYERS = [
         "optim",
         "report",
         "signals",
-        "stored",
+        "file_weights",
         "waiting",
         "walk",
     ],

@@ -129,7 +129,7 @@ def test_other_lines_count_as_signs_of_life() -> None:
     clock = Clock()
     pace = Pace(clock)
     clock.now += 9
-    pace.told()
+    pace.reset()
     clock.now += 9
     assert not pace.due()
     clock.now += 1

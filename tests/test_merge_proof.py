@@ -267,7 +267,7 @@ def test_no_matrix_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         shapes.append(self.shape)
         return whole(self)
 
-    monkeypatch.setattr("peftctl.stored.Whole.read", watched)
+    monkeypatch.setattr("peftctl.file_weights.Whole.read", watched)
     monkeypatch.setattr("peftctl.folding.blocks.__defaults__", (64,))
     again = answers(both.walked, merging._ids(both.found[0]))
     torch.testing.assert_close(again.logits, both.expected.logits, rtol=1e-4, atol=1e-4)

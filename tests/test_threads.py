@@ -74,9 +74,9 @@ with importing():
     import torch
 torch.randn(1 << 22).exp_().sum()
 after, variables = threads.usable(), sorted(name for name in os.environ if name in ("OMP_PROC_BIND", "OMP_PLACES"))
-with threads.held("cpu"):
+with threads.bind_main("cpu"):
     computing = threads.usable()
-with threads.held("cuda"):
+with threads.bind_main("cuda"):
     elsewhere = threads.usable()
 others = [sorted(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]
 found = {"before": before, "after": after, "computing": computing, "elsewhere": elsewhere, "end": threads.usable()}

@@ -19,7 +19,7 @@ from peftctl.skeleton import NewRows
 Places = Mapping[str, tuple[Shard, Entry]]
 
 
-class Stored:
+class FileWeight:
     """One parameter. `shape`: as it is read; `owner`: the path of the module whose it is."""
 
     def __init__(self, shape: tuple[int, ...], owner: str) -> None:
@@ -38,7 +38,7 @@ class Stored:
         yield 0, self.read()
 
 
-class Whole(Stored):
+class Whole(FileWeight):
     """A parameter that is one tensor of a file."""
 
     def __init__(self, shard: Shard, entry: Entry, owner: str) -> None:
@@ -62,7 +62,7 @@ class Whole(Stored):
                 yield first, stored(file, self.shard, part).float()
 
 
-class Grown(Stored):
+class Grown(FileWeight):
     """One that has more rows than its file's: each of them the mean of all that the file has."""
 
     def __init__(self, own: Whole, new: NewRows) -> None:
@@ -104,7 +104,7 @@ class Source(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Made(Stored):
+class Made(FileWeight):
     """One that loading puts together of several tensors, or takes out of one."""
 
     def __init__(self, source: Source, places: Places, owner: str) -> None:
@@ -124,7 +124,7 @@ class Made(Stored):
 class Table(NamedTuple):
     """What the files hold of a model. `missing`: parameters that they lack; `misshapen`: that they have otherwise."""
 
-    parameters: dict[nn.Parameter, Stored]
+    parameters: dict[nn.Parameter, FileWeight]
     buffers: dict[str, Tensor]
     missing: list[str]
     misshapen: list[str]
@@ -136,7 +136,7 @@ def table(model: Any, folder: Path, new: NewRows | None) -> Table:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sources = _sources(model, places, shapes, new)
     right = {name for name, source in sources.items() if source.shape == shapes[name]}
-    found: dict[nn.Parameter, Stored] = {}
+    found: dict[nn.Parameter, FileWeight] = {}
     every = dict(model.named_parameters(remove_duplicate=False))
     for full in sorted(right & every.keys()):
         if not _same(found.setdefault(every[full], sources[full]), sources[full]):
@@ -150,9 +150,9 @@ def table(model: Any, folder: Path, new: NewRows | None) -> Table:
     )
 
 
-def _sources(model: Any, places: Places, shapes: Mapping[str, Any], new: NewRows | None) -> dict[str, Stored]:
+def _sources(model: Any, places: Places, shapes: Mapping[str, Any], new: NewRows | None) -> dict[str, FileWeight]:
     """What the files hold, by the names of the model."""
-    found: dict[str, Stored] = {}
+    found: dict[str, FileWeight] = {}
     for name, place in names.parameters(model, places).items():
         shard, entry = places[name]
         if place.whole and entry.dtype in DTYPES:
@@ -171,7 +171,7 @@ def _owner(full: str) -> str:
     return full.rpartition(".")[0]
 
 
-def _same(one: Stored, other: Stored) -> bool:
+def _same(one: FileWeight, other: FileWeight) -> bool:
     """Whether two places hold the same numbers."""
     pairs = zip(one.blocks(), other.blocks(), strict=True)
     return one is other or all(torch.equal(a, b) for (_, a), (_, b) in pairs)
