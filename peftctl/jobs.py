@@ -22,6 +22,8 @@ from peftctl.rollouts import Rollouts
 from peftctl.run_folder import RunFolder
 from peftctl.trainer import Job, Question
 
+ROUNDING = 1e-6  # of a loss: what a reference that is remembered, from other batches, may be away by
+
 
 def kept(
     planned: Plan, training: Training, batches: Batches | Rollouts, folder: RunFolder, notice: Callable[[str], None]
@@ -57,7 +59,7 @@ def begun(planned: Plan, training: Training, emit: Sink, notice: Callable[[str],
         if event["event"] == "step" and event["step"] == 1:
             distance = event["loss"] - expected
             event = {**event, "start_distance": distance}
-            if distance:
+            if abs(distance) > ROUNDING:
                 notice(f"the first loss is {distance:+.3g} from {equal:.6f}, that of equal answers")
         emit(event)
 
