@@ -40,5 +40,5 @@ def stored_rows(
     if module.kind != "Linear":
         return None
     a, b = factors
-    change = (b[first : first + len(weight)].float() @ a.float()) * scale
-    return weight.float() + change.to(weight.device)
+    change = b[first : first + len(weight)].float() @ a.float()
+    return change.mul_(scale).to(weight.device).add_(weight.float())  # in place, as a merge does it all the time
