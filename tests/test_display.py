@@ -137,7 +137,7 @@ def test_other_lines_count_as_signs_of_life() -> None:
 
 
 def until(true: Callable[[], bool]) -> bool:
-    for _ in range(500):
+    for _ in range(5000):  # a machine may be busy
         if true():
             return True
         time.sleep(0.02)
