@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from peftctl.data.chat import Chat
@@ -93,6 +93,7 @@ def test_labels_are_the_answers_and_their_ends(letters, name, trained, turns):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(question=CONTENT, answer=CONTENT)
+@example(question="0", answer="[[")
 def test_with_merges_too(made, question, answer):
     chat = CACHE.get("merges") or CACHE.setdefault("merges", Chat(made("generation_inside")))
     encoded = chat.dialogue([Message("user", question), Message("assistant", answer)])
